@@ -1,0 +1,256 @@
+"""One typed configuration: a TOML file, then dotted command-line flags (``--train.lr 1e-4``) on top.
+
+Every key is here, with its unit and its default. Unknown keys are refused with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from agentrl.errors import ConfigError, UnknownName
+
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+
+
+class Section(BaseModel):
+    """A group of keys; immutable, and closed to unknown names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AlgorithmConfig(Section):
+    """The loss: a preset over orthogonal choices. Keys given beside ``name`` override the preset's."""
+
+    name: str = Field("dapo", description="preset: grpo, dr_grpo or dapo")
+    normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation")
+    clip_low: float = Field(0.2, gt=0, description="lower clip: ratio >= 1 - clip_low")
+    clip_high: float = Field(0.28, gt=0, description="upper clip: ratio <= 1 + clip_high")
+    dual_clip: float | None = Field(None, gt=1, description="bound of the loss for negative advantages; none: off")
+    aggregation: Aggregation = Field("token-mean", description="how token losses become one number")
+    kl_coef: float = Field(0.0, ge=0, description="weight of the KL to the starting policy in the loss; 0: no KL")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="KL estimator (Schulman 2020)")
+    dynamic_sampling: bool = Field(True, description="replace groups whose rewards are all equal")
+    max_refills: int = Field(2, ge=0, description="rounds of replacement groups per step; then train on what there is")
+    overlong_filter: bool = Field(True, description="leave trajectories cut by the token budget out of the loss")
+    overlong_buffer: int = Field(0, ge=0, description="tokens before the budget over which reward falls by 1; 0: off")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {
+        "clip_high": 0.2,
+        "aggregation": "seq-mean-token-mean",
+        "dynamic_sampling": False,
+        "overlong_filter": False,
+    },
+    "dr_grpo": {
+        "normalize_std": False,
+        "clip_high": 0.2,
+        "aggregation": "seq-mean-token-sum-norm",
+        "dynamic_sampling": False,
+        "overlong_filter": False,
+    },
+    "dapo": {},
+}
+
+
+class PolicyConfig(Section):
+    """Which model is trained or evaluated."""
+
+    path: str = Field("", description="Hugging Face folder")
+    tool_format: Literal["hermes", "tags"] = Field("hermes", description="how tool calls are written")
+    threads: int = Field(0, ge=0, description="CPU threads for torch; 0: all cores")
+    device: str = Field("auto", description="torch device; auto: cuda where there is one, else cpu")
+
+
+class SamplerConfig(Section):
+    """How tokens are drawn."""
+
+    temperature: float = Field(1.0, ge=0, description="softmax temperature")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass")
+    max_slots: int = Field(512, ge=2, description="sequences the engine holds at once")
+    max_length: int = Field(1024, ge=16, description="tokens of a sequence, prompt included")
+
+
+class RolloutConfig(Section):
+    """How episodes are played."""
+
+    prompts: int = Field(32, ge=1, description="tasks per step")
+    group: int = Field(8, ge=1, description="trajectories per task (G)")
+    max_tokens: int = Field(256, ge=1, description="policy tokens per trajectory")
+    max_live: int = Field(512, ge=1, description="episodes in flight at once")
+    deadline: float = Field(120.0, gt=0, description="seconds per episode")
+    retries: int = Field(1, ge=0, description="new attempts at a trajectory whose environment failed")
+    max_failures: float = Field(0.2, ge=0, le=1, description="share of failed episodes in a step that stops the run")
+
+
+class TrainConfig(Section):
+    """The optimisation."""
+
+    steps: int = Field(100, ge=1, description="optimizer steps")
+    lr: float = Field(1e-6, gt=0, description="peak learning rate")
+    warmup: int = Field(10, ge=0, description="steps of linear warm-up")
+    decay: float = Field(0.0, ge=0, le=1, description="share of the steps, at the end, over which lr falls to a tenth")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    beta2: float = Field(0.99, gt=0, lt=1, description="AdamW's second-moment decay")
+    minibatches: int = Field(1, ge=1, description="optimizer steps per batch of rollouts")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm at which to clip")
+    micro_tokens: int = Field(16384, ge=1, description="unique tokens per forward pass; gradients accumulate over them")
+    max_gap: float = Field(0.05, gt=0, description="largest mean |sampler - learner| log-prob gap before the run stops")
+    checkpoint_every: int = Field(20, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
+
+
+class SFTConfig(Section):
+    """The warm start on demonstrations."""
+
+    demonstrations: int = Field(1500, ge=1, description="episodes of the scripted expert to record")
+    guess_fraction: float = Field(0.0, ge=0, le=1, description="share of demonstrations that answer without tools")
+    steps: int = Field(100, ge=1, description="optimizer steps")
+    batch: int = Field(64, ge=1, description="demonstrations per step")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for training from nothing")
+    lr: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
+    muon_lr: float = Field(0.02, gt=0, description="peak learning rate of Muon's matrices")
+    warmup: int = Field(10, ge=0, description="steps of linear warm-up")
+    decay: float = Field(0.4, ge=0, le=1, description="share of the steps, at the end, over which the rate falls")
+
+
+class EvalConfig(Section):
+    """The evaluation."""
+
+    split: Literal["train", "test"] = Field("test", description="which tasks")
+    tasks: int = Field(100, ge=1, description="number of tasks, taken in order")
+    samples: int = Field(8, ge=1, description="trajectories per task")
+    k: tuple[int, ...] = Field((1, 2, 4, 8), description="values of k in pass@k")
+    threshold: float = Field(1.0, description="reward from which a trajectory counts as solved")
+
+
+class RunConfig(Section):
+    """Everything a run needs."""
+
+    env: str = Field("", description="environment: a registered name, file.py:Class or module:Class")
+    env_options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the environment")
+    seed: int = Field(0, ge=0, description="all randomness derives from it")
+    out: str = Field("", description="run folder; empty: runs/ENV-DATE-TIME")
+    policy: PolicyConfig = PolicyConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SFTConfig = SFTConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+def load_config(file: str | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """A configuration from a TOML file and dotted overrides.
+
+    Args:
+        file: path of a TOML file, or None.
+        overrides: ``{"train.lr": "1e-4"}``; strings are converted to the key's type.
+
+    Raises:
+        ConfigError: a file that cannot be read or a value of the wrong type or range.
+        UnknownName: an unknown key or algorithm, with the nearest valid name.
+    """
+    tree: dict[str, Any] = _read_toml(file) if file else {}
+    for key, value in (overrides or {}).items():
+        _put(tree, key, value)
+    for key in _flatten(tree):
+        if key not in known_keys() and not key.startswith("env_options."):
+            raise UnknownName("configuration key", key, known_keys())
+    algorithm = tree.get("algorithm", {})
+    name = algorithm.get("name", "dapo")
+    if name not in PRESETS:
+        raise UnknownName("algorithm", str(name), PRESETS)
+    tree["algorithm"] = PRESETS[name] | algorithm
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = (
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors(include_url=False)
+        )
+        raise ConfigError("invalid configuration: " + "; ".join(lines)) from error
+
+
+def parse_flags(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """``@ file.toml --a.b value --c.d=value`` as (file, overrides); a bare ``--flag`` means true."""
+    file: str | None = None
+    overrides: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("@"):
+            file = word[1:] or (rest.pop(0) if rest else None)
+            if file is None:
+                raise ConfigError("expected a file name after '@', as in: agentrl train ENV @ config.toml")
+        elif word.startswith("--"):
+            key, given, value = word[2:].partition("=")
+            if not given:
+                value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+            overrides[key.replace("-", "_")] = _value(value)
+        else:
+            raise ConfigError(f"unexpected argument {word!r}: expected '@ file.toml' or '--key value'.")
+    return file, overrides
+
+
+def known_keys() -> list[str]:
+    """All dotted keys."""
+    return list(_keys(RunConfig))
+
+
+def describe_keys() -> Iterator[tuple[str, str, str]]:
+    """(key, default, meaning) of every key, for the reference in the docs and ``agentrl train --help``."""
+    default = RunConfig()
+    for key in known_keys():
+        owner: Any = default
+        *path, last = key.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        yield key, json.dumps(getattr(owner, last)), type(owner).model_fields[last].description or ""
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            yield from _keys(info.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and name != "env_options":
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _read_toml(file: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(file).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {file}: {error.strerror}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}.") from error
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{key}: {part!r} is a value, not a section.")
+    tree[last] = value
+
+
+def _value(text: str) -> Any:
+    """JSON where it is JSON (numbers, true, null, lists), else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,249 @@
+"""Environments: gymnasium's five-tuple, awaited, and ``ToolEnv``, which is what most people subclass.
+
+One environment object is one live episode. ``ToolEnv`` turns an assistant ``Message`` into tool calls, runs them
+concurrently, and asks ``reward`` once, at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+
+from agentrl import registry
+from agentrl.errors import EnvError, ForkRefused, RewardError, TaskError, UserError
+from agentrl.tool import FunctionTool, Tool, dispatch_all
+from agentrl.types import Episode, ForkLevel, Message, Outcome, StepResult, Task, ToolResult
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_FORK_ORDER = list(ForkLevel)
+
+
+@runtime_checkable
+class Env(Protocol):
+    """What the rollout engine needs. Observations are tuples of new messages; actions are assistant messages."""
+
+    def tasks(self, split: str) -> Iterable[Task]:
+        """The tasks of ``"train"`` or ``"test"``, in a fixed order."""
+        ...
+
+    async def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Start an episode; ``options={"task": task}`` chooses the task. Returns the opening messages and info."""
+        ...
+
+    async def step(self, action: Message) -> StepResult:
+        """Apply one assistant message."""
+        ...
+
+    async def truncate(self, action: Message, outcome: Outcome) -> StepResult:
+        """End the episode from outside, for ``length``: ``action`` is the unfinished message."""
+        ...
+
+    async def fork(self) -> Self:
+        """An independent environment in the same state."""
+        ...
+
+    async def close(self) -> None:
+        """Release whatever the episode holds."""
+        ...
+
+
+class ToolEnv:
+    """Base class of tool-using environments.
+
+    Subclasses define ``tasks`` and ``reward``, and usually ``tools``. ``reset`` puts ``{"task_id", "tools"}`` into
+    info; ``step`` puts ``{"tool_results"}`` and, at the end, ``{"outcome", "episode"}``.
+
+    Attributes:
+        tools: names in the registry, functions, or ``Tool`` objects.
+        system: system prompt put before a task's messages; None for none.
+        max_turns: assistant messages an episode may have.
+        max_tool_calls: tool calls an episode may make; None for no limit besides the turns.
+        reward_range: lowest and highest reward; checked by ``agentrl check``.
+    """
+
+    tools: ClassVar[tuple[str | Callable[..., Any] | Tool, ...]] = ()
+    system: ClassVar[str | None] = None
+    max_turns: int = 8
+    max_tool_calls: int | None = None
+    reward_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
+
+    _task: Task | None = None
+    _done: bool = True
+
+    # -- what a subclass defines ------------------------------------------------------------------------------
+
+    def tasks(self, split: str) -> Iterable[Task]:
+        """The tasks of ``split`` (``"train"`` or ``"test"``), the same ones in the same order every time."""
+        raise NotImplementedError(f"{type(self).__name__} must define tasks(split)")
+
+    async def reward(self, task: Task, episode: Episode) -> float:
+        """Score a finished episode with a finite float. Called once, also for episodes without an answer."""
+        raise NotImplementedError(f"{type(self).__name__} must define reward(task, episode)")
+
+    async def setup(self, task: Task) -> None:
+        """Prepare the tools' state for ``task``; called after the tools have started."""
+
+    def expert(self, task: Task, rng: random.Random) -> list[Message]:
+        """A demonstration: the assistant messages a skilled policy would send. Needed only for ``agentrl sft``."""
+        raise NotImplementedError(f"{type(self).__name__} has no scripted expert; define expert(task, rng).")
+
+    def guesser(self, task: Task, rng: random.Random) -> list[Message]:
+        """A demonstration that answers without using a tool. Needed only for ``sft.guess_fraction`` above 0."""
+        raise NotImplementedError(f"{type(self).__name__} has no scripted guesser; define guesser(task, rng).")
+
+    def make_tools(self) -> Sequence[Tool]:
+        """The tools of one episode; the default makes those of ``tools``."""
+        return [make_tool(spec) for spec in self.tools]
+
+    def extract_answer(self, content: str) -> str:
+        """The answer in a final message: the last ``<answer>`` block, else the whole text, stripped."""
+        blocks = _ANSWER.findall(content)
+        return (blocks[-1] if blocks else content).strip()
+
+    # -- gymnasium's interface, awaited --------------------------------------------------------------------------
+
+    async def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[tuple[Message, ...], dict[str, Any]]:
+        """Start an episode on ``options["task"]``, or on a training task drawn with ``seed``."""
+        await self.close()
+        chosen = (options or {}).get("task") or self._draw(seed)
+        self._tools = {made.name: made for made in self.make_tools()}
+        self._task, self._turns, self._calls, self._done = chosen, 0, 0, False
+        self._results: list[ToolResult] = []
+        opening = (Message("system", self.system), *chosen.prompt) if self.system else chosen.prompt
+        self._messages: list[Message] = list(opening)
+        for made in self._tools.values():
+            await made.start(seed or 0)
+        await self.setup(chosen)
+        return opening, {"task_id": chosen.id, "tools": [made.schema for made in self._tools.values()]}
+
+    async def step(self, action: Message) -> StepResult:
+        """Apply one assistant message: run its tool calls, or take it as the answer when it has none.
+
+        Raises:
+            RewardError: ``reward`` raised or did not give a finite number.
+            ToolInfrastructureError: a tool's backend failed.
+        """
+        self._require_live()
+        self._messages.append(action)
+        self._turns += 1
+        if not action.tool_calls:
+            return await self._finish(Outcome.ANSWERED, self.extract_answer(action.content), (), ())
+        self._calls += len(action.tool_calls)
+        if self.max_tool_calls is not None and self._calls > self.max_tool_calls:
+            return await self._finish(Outcome.TOOL_LIMIT, None, (), ())
+        results = await dispatch_all(self._tools, action.tool_calls)
+        observation = tuple(Message("tool", r.content, tool_call_id=r.call_id) for r in results)
+        self._messages.extend(observation)
+        self._results.extend(results)
+        if self._turns >= self.max_turns:
+            malformed = all(r.error == "malformed" for r in results)
+            outcome = Outcome.PARSE_ERROR if malformed else Outcome.TURN_LIMIT
+            return await self._finish(outcome, None, observation, results)
+        return StepResult(observation, 0.0, False, False, {"tool_results": results})
+
+    async def truncate(self, action: Message, outcome: Outcome) -> StepResult:
+        """End the episode on an unfinished message; ``reward`` is asked with no answer."""
+        self._require_live()
+        self._messages.append(action)
+        return await self._finish(outcome, None, (), ())
+
+    async def fork(self) -> Self:
+        """An independent copy in the same state; every tool is forked by its own level.
+
+        Raises:
+            ForkRefused: naming the tools that cannot be forked.
+        """
+        self._require_live()
+        refused = [t.name for t in self._tools.values() if t.fork_level is ForkLevel.REFUSED]
+        if refused:
+            raise ForkRefused(f"{type(self).__name__} cannot fork: tools {', '.join(refused)} refuse to.")
+        twin = copy.copy(self)
+        twin._messages, twin._results = list(self._messages), list(self._results)
+        twin._tools = {name: await made.fork() for name, made in self._tools.items()}
+        return twin
+
+    async def close(self) -> None:
+        """Close the tools of the episode. Safe to call twice."""
+        tools, self._tools = getattr(self, "_tools", {}), {}
+        self._done = True
+        for made in tools.values():
+            await made.close()
+
+    @property
+    def fork_level(self) -> ForkLevel:
+        """The weakest level among the tools."""
+        levels = [made.fork_level for made in self.make_tools()]
+        return max(levels, key=_FORK_ORDER.index, default=ForkLevel.COPY)
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _draw(self, seed: int | None) -> Task:
+        tasks = list(self.tasks("train"))
+        if not tasks:
+            raise TaskError(f"{type(self).__name__}.tasks('train') is empty: there is nothing to train on.")
+        return random.Random(seed).choice(tasks)
+
+    def _require_live(self) -> None:
+        if self._done:
+            raise EnvError(f"{type(self).__name__}: no live episode; call reset() first.")
+
+    async def _finish(
+        self, outcome: Outcome, answer: str | None, observation: tuple[Message, ...], results: tuple[ToolResult, ...]
+    ) -> StepResult:
+        assert self._task is not None
+        self._done = True
+        episode = Episode(tuple(self._messages), answer, outcome, tuple(self._results))
+        reward = await self._score(self._task, episode)
+        info = {"outcome": outcome, "episode": episode, "tool_results": results}
+        answered = outcome is Outcome.ANSWERED
+        return StepResult(observation, reward, answered, not answered, info)
+
+    async def _score(self, task: Task, episode: Episode) -> float:
+        try:
+            reward = await self.reward(task, episode)
+        except (EnvError, UserError):
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"{type(self).__name__}.reward raised {type(error).__name__} on task {task.id}"
+            ) from error
+        if isinstance(reward, bool | int | float) and math.isfinite(reward):
+            return float(reward)
+        raise RewardError(
+            f"{type(self).__name__}.reward gave {reward!r} on task {task.id}: expected a finite float. "
+            "Return a number on every road through reward()."
+        )
+
+
+def make_tool(spec: str | Callable[..., Any] | Tool, **options: Any) -> Tool:
+    """A ``Tool`` from a registry name, a function or a ``Tool``.
+
+    Raises:
+        UnknownName: no such tool.
+        ToolSchemaError: a function that cannot be described.
+    """
+    found: Any = registry.load("tools", spec) if isinstance(spec, str) else spec
+    if isinstance(found, Tool):
+        return found
+    if isinstance(found, type) and issubclass(found, Tool):
+        return found(**options)
+    return FunctionTool(found)
+
+
+def require_answer(task: Task) -> str:
+    """The task's reference answer.
+
+    Raises:
+        TaskError: there is none, though the reward needs one.
+    """
+    if task.answer is None:
+        raise TaskError(f"task {task.id} has no answer, but this environment's reward compares with one.")
+    return task.answer

@@ -1,0 +1,1 @@
+"""Plays episodes: one coroutine each, limits and deadlines around them, trees out."""

@@ -1,0 +1,1 @@
+"""Policies that can be sampled from: token ids in, token ids out."""

@@ -1,0 +1,42 @@
+"""What every sampler offers. Token ids in, token ids out; one contract test suite runs against each backend."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from agentrl.types import Completion, SamplingParams, TokenEvent
+
+
+class Sampler(Protocol):
+    """A policy that can be sampled from.
+
+    Attributes:
+        version: version of the weights in use; grows with every ``update_weights``.
+        max_length: most tokens, prompt and completion together.
+        deterministic: whether log-probs are bit for bit the same whatever else is being sampled.
+    """
+
+    version: int
+    max_length: int
+    deterministic: bool
+
+    async def sample(self, token_ids: Sequence[int], params: SamplingParams) -> Completion:
+        """Continue ``token_ids``; cancelling the await frees whatever the request holds.
+
+        Raises:
+            SamplerError: the engine failed or is closed, or the prompt does not fit.
+        """
+        ...
+
+    def stream(self, token_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenEvent]:
+        """The same, token by token."""
+        ...
+
+    async def update_weights(self, source: Mapping[str, Any], version: int) -> None:
+        """Use the weights in ``source`` (parameter name -> tensor) from now on, under ``version``."""
+        ...
+
+    async def close(self) -> None:
+        """Release the engine; waiting requests fail with ``SamplerError``."""
+        ...

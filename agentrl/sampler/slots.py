@@ -1,0 +1,197 @@
+"""Key/value slots and the attention that reads them, plugged into any transformers model.
+
+Every sequence owns one slot; its token t sits at index t (right-aligned padding does not exist), so attention over a
+slot gives the same bits whatever the slot's length, the batch or the chunk the token came in. Together with matrix
+products of at least ``MIN_ROWS`` rows this makes the engine batch-invariant on the CPU in fp32 (proved at start-up by
+``hf.HFSampler``; measured in docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+MIN_ROWS = 16
+"""Fewer rows make BLAS choose other kernels, whose sums round differently."""
+
+ATTENTION = "agentrl_slots"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """``token_ids`` [L] of one sequence, to be written at ``start`` .. ``start + L`` of ``slot``."""
+
+    slot: int
+    start: int
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Chunks of similar length, attended in one call.
+
+    Attributes:
+        rows: [C, P] row of the packed batch of each chunk's token; padding repeats the chunk's first row.
+        slots: [C] slots, or a slice of neighbouring slots (then no copy is made).
+        mask: [C, 1, P * G, S] additive mask over the slot, G queries per key/value head.
+        out: [R_c] positions in the flattened [C * P] of the rows of ``back``.
+        back: [R_c] packed rows that these outputs belong to.
+    """
+
+    rows: Tensor
+    slots: Tensor | slice
+    mask: Tensor
+    out: Tensor
+    back: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One forward pass over R packed rows.
+
+    Attributes:
+        token_ids: [1, R].
+        position_ids: [1, R].
+        slots: [R] slot of each row; padding rows write to the spare slot.
+        groups: how the rows attend.
+        last: [B] the last row of each chunk.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    slots: Tensor
+    groups: list[Group]
+    last: Tensor
+
+
+class SlotCache:
+    """Keys and values of ``slots`` sequences of up to ``length`` tokens, plus one spare slot for padding rows.
+
+    Memory: 2 x layers x (slots + 1) x kv_heads x length x head_dim x bytes of the dtype, touched as it is used.
+    """
+
+    def __init__(self, config: Any, slots: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        heads = config.num_attention_heads
+        self.kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        self.queries = heads // self.kv_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.spare, self.length = slots, length
+        shape = (slots + 1, self.kv_heads, length, self.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` tokens of one slot to another."""
+        for store in (*self.keys, *self.values):
+            store[target, :, :length] = store[source, :, :length]
+
+    def plan(self, chunks: Sequence[Chunk]) -> Plan:
+        """Lay the chunks out as one packed batch of at least ``MIN_ROWS`` rows."""
+        device = self.keys[0].device
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts: list[int] = []
+        for chunk in chunks:
+            n = len(chunk.token_ids)
+            starts.append(len(tokens))
+            tokens.extend(chunk.token_ids)
+            positions.extend(range(chunk.start, chunk.start + n))
+            slots.extend([chunk.slot] * n)
+        last = [start + len(chunk.token_ids) - 1 for start, chunk in zip(starts, chunks, strict=True)]
+        short = max(0, MIN_ROWS - len(tokens))
+        tokens += [0] * short
+        positions += range(short)
+        slots += [self.spare] * short
+        return Plan(
+            torch.tensor([tokens], device=device),
+            torch.tensor([positions], device=device),
+            torch.tensor(slots, device=device),
+            self._groups(chunks, starts),
+            torch.tensor(last, device=device),
+        )
+
+    def _groups(self, chunks: Sequence[Chunk], starts: list[int]) -> list[Group]:
+        """Chunks by length, rounded up to a power of two, so that padding at most doubles the attention."""
+        buckets: dict[int, list[int]] = {}
+        for index, chunk in enumerate(chunks):
+            buckets.setdefault(1 << (len(chunk.token_ids) - 1).bit_length(), []).append(index)
+        return [
+            self._group(width, [chunks[i] for i in which], [starts[i] for i in which])
+            for width, which in buckets.items()
+        ]
+
+    def _group(self, width: int, chunks: list[Chunk], starts: list[int]) -> Group:
+        device, dtype = self.keys[0].device, self.keys[0].dtype
+        order = sorted(range(len(chunks)), key=lambda i: chunks[i].slot)
+        chunks, starts = [chunks[i] for i in order], [starts[i] for i in order]
+        size = torch.tensor([len(c.token_ids) for c in chunks])[:, None]
+        begin = torch.tensor([c.start for c in chunks])[:, None]
+        step = torch.arange(width)[None, :]
+        valid = step < size
+        rows = torch.tensor(starts)[:, None] + torch.where(valid, step, 0)
+        limit = begin + torch.where(valid, step, 0)
+        span = min(self.length, -(-int(limit.max() + 1) // 32) * 32)
+        hidden = torch.arange(span)[None, None, :] > limit[:, :, None]
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+        mask = mask.repeat_interleave(max(self.queries, 2), dim=1)[:, None]
+        slots = [c.slot for c in chunks]
+        first, count = slots[0], slots[-1] + 1 - slots[0]
+        if width == 1 and count < 2 * len(slots):
+            # Reading a few unused neighbours in place is cheaper than gathering the used slots.
+            place = torch.tensor(slots) - first
+            spread_mask = torch.zeros((count, *mask.shape[1:]), dtype=dtype)
+            spread_mask[place] = mask
+            spread_rows = torch.zeros((count, 1), dtype=torch.long)
+            spread_rows[place] = rows
+            near = slice(first, first + count)
+            return Group(spread_rows.to(device), near, spread_mask.to(device), place.to(device), rows[:, 0].to(device))
+        out = valid.flatten().nonzero()[:, 0]
+        where = torch.tensor(slots, device=device)
+        return Group(rows.to(device), where, mask.to(device), out.to(device), rows[valid].to(device))
+
+    def attend(self, layer: int, plan: Plan, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Store ``key`` and ``value`` [1, Hkv, R, D], then attend ``query`` [1, Hq, R, D]. Returns [1, R, Hq, D]."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[plan.slots, :, plan.position_ids[0]] = key[0].transpose(0, 1)
+        values[plan.slots, :, plan.position_ids[0]] = value[0].transpose(0, 1)
+        rows = query.shape[2]
+        per_row = query[0].transpose(0, 1).reshape(rows, self.kv_heads, self.queries, self.head_dim)
+        if self.queries == 1:  # one query row would take BLAS's matrix-vector road, which rounds differently
+            per_row = per_row.expand(-1, -1, 2, -1)
+        result = torch.zeros_like(per_row)
+        for group in plan.groups:
+            span = group.mask.shape[-1]
+            k, v = keys[:, :, :span][group.slots], values[:, :, :span][group.slots]
+            count, width = group.rows.shape
+            q = per_row[group.rows].transpose(1, 2).reshape(count, self.kv_heads, -1, self.head_dim)
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scale)
+            o = o.view(count, self.kv_heads, width, -1, self.head_dim).transpose(1, 2)
+            result[group.back] = o.flatten(0, 1)[group.out]
+        return result[:, :, : self.queries].reshape(1, rows, -1, self.head_dim)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls in every layer; ``slots`` and ``plan`` travel through the model's kwargs."""
+    scale = scaling if scaling is not None else float(query.shape[-1]) ** -0.5
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return kwargs["slots"].attend(layer, kwargs["plan"], query, key, value, scale), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)

@@ -1,0 +1,153 @@
+"""The system calls that confinement needs and Python does not offer, through ctypes. Linux, x86_64 and aarch64.
+
+Runs inside the zygote, so it imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from typing import Any
+
+CLONE_NEWNS = 0x0002_0000
+CLONE_NEWUTS = 0x0400_0000
+CLONE_NEWIPC = 0x0800_0000
+CLONE_NEWUSER = 0x1000_0000
+CLONE_NEWPID = 0x2000_0000
+CLONE_NEWNET = 0x4000_0000
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x4_0000
+MNT_DETACH = 2
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
+AT_FDCWD, AT_RECURSIVE = -100, 0x8000
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+SECCOMP_MODE_FILTER = 2
+CLOCK_MONOTONIC = 1
+_CAP_VERSION_3 = 0x2008_0522
+_LAST_CAP_POSSIBLE = 63
+
+_NUMBERS = {
+    "x86_64": {"pivot_root": 155, "capset": 126, "mount_setattr": 442, "timer_create": 222, "timer_settime": 223},
+    "aarch64": {"pivot_root": 41, "capset": 91, "mount_setattr": 442, "timer_create": 107, "timer_settime": 110},
+}
+_NR = _NUMBERS.get(platform.machine(), {})
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+    return result
+
+
+def _syscall(name: str, *arguments: Any) -> int:
+    return _checked(_libc.syscall(ctypes.c_long(_NR[name]), *arguments), name)
+
+
+def unshare(flags: int) -> None:
+    """Leave the namespaces named by ``flags`` for new ones."""
+    _checked(_libc.unshare(flags), "unshare")
+
+
+def set_pid_namespace(descriptor: int) -> None:
+    """Let the next children be born into the PID namespace behind ``descriptor``."""
+    _checked(_libc.setns(descriptor, CLONE_NEWPID), "setns")
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    """mount(2)."""
+    result = _libc.mount(
+        source.encode(),
+        os.fsencode(target),
+        kind.encode() if kind else None,
+        ctypes.c_ulong(flags),
+        data.encode() if data else None,
+    )
+    _checked(result, f"mount {target}")
+
+
+def bind(source: str, target: str) -> None:
+    """Show ``source``, with what is mounted below it, at ``target``."""
+    _checked(_libc.mount(os.fsencode(source), os.fsencode(target), None, MS_BIND | MS_REC, None), f"bind {source}")
+
+
+def protect(path: str, attributes: int, *, recursive: bool = True) -> None:
+    """Add ``MOUNT_ATTR_*`` to the mount at ``path`` and to those below it (mount_setattr(2), Linux 5.12)."""
+    what = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
+    flags = AT_RECURSIVE if recursive else 0
+    _syscall(
+        "mount_setattr",
+        ctypes.c_int(AT_FDCWD),
+        ctypes.c_char_p(os.fsencode(path)),
+        ctypes.c_uint(flags),
+        what,
+        ctypes.c_size_t(ctypes.sizeof(what)),
+    )
+
+
+def enter_root(path: str) -> None:
+    """Make ``path``, a mount point, the root of the mount namespace and let go of the old one."""
+    os.chdir(path)
+    _syscall("pivot_root", ctypes.c_char_p(b"."), ctypes.c_char_p(b"."))
+    _checked(_libc.umount2(b".", MNT_DETACH), "umount of the old root")
+    os.chdir("/")
+
+
+def prctl(option: int, value: int = 0) -> None:
+    """prctl(2) with one argument."""
+    _checked(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl({option})")
+
+
+def drop_capabilities() -> None:
+    """Give up every capability, for good: bounding set first, as that takes one."""
+    for capability in range(_LAST_CAP_POSSIBLE + 1):
+        if _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
+            break  # EINVAL: past the last one this kernel knows
+    header = (ctypes.c_uint32 * 2)(_CAP_VERSION_3, 0)
+    _syscall("capset", header, (ctypes.c_uint32 * 6)())
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
+
+
+def install_filter(program: ctypes.Array[ctypes.c_char], length: int) -> None:
+    """Put a seccomp program of ``length`` instructions over the calling thread. There is no way back."""
+    _checked(_libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(_Program(length, ctypes.addressof(program)))), "seccomp")
+
+
+class Alarm:
+    """A POSIX timer that sends ``number`` to this process, and again every ``again`` seconds until it is stopped.
+
+    Apart from ``signal.setitimer`` and ``signal.alarm``, which belong to the program in the session.
+    """
+
+    def __init__(self, number: int, again: float) -> None:
+        event = (ctypes.c_int32 * 16)()  # struct sigevent: value[2], signo, notify = SIGEV_SIGNAL
+        event[2] = number
+        identity = ctypes.c_int32()
+        _syscall("timer_create", ctypes.c_int(CLOCK_MONOTONIC), event, ctypes.byref(identity))
+        self._identity = ctypes.c_int(identity.value)
+        self._spec = (ctypes.c_int64 * 4)()  # struct itimerspec: interval, value; seconds and nanoseconds each
+        self._off = (ctypes.c_int64 * 4)()
+        self._spec[0], self._spec[1] = _split(again)
+        self._call, self._number = _libc.syscall, ctypes.c_long(_NR["timer_settime"])
+
+    def start(self, seconds: float) -> None:
+        """Ring after ``seconds``."""
+        self._spec[2], self._spec[3] = _split(seconds)
+        self._call(self._number, self._identity, 0, self._spec, None)
+
+    def stop(self) -> None:
+        """Do not ring any more."""
+        self._call(self._number, self._identity, 0, self._off, None)
+
+
+def _split(seconds: float) -> tuple[int, int]:
+    whole = int(seconds)
+    return whole, int((seconds - whole) * 1e9) or (1 if not whole else 0)

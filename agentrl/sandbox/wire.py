@@ -1,0 +1,52 @@
+"""The frames between a manager and a session: a JSON object and raw bytes, both with their length in front.
+
+Used on both sides of the wall, so it imports nothing but the standard library. Nothing here is ever unpickled, and a
+reader says beforehand how much it is willing to take.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+HEADER = struct.Struct("!II")
+HEAD_BYTES = 256 * 1024
+"""Longest JSON part of a frame."""
+
+
+class ProtocolError(Exception):
+    """The other side sent something that is not a frame."""
+
+
+def encode(head: dict[str, Any], body: bytes = b"") -> bytes:
+    """One frame: the two lengths, the JSON object, the raw bytes."""
+    text = json.dumps(head).encode()
+    return HEADER.pack(len(text), len(body)) + text + body
+
+
+def frame_length(header: bytes, max_body: int) -> tuple[int, int]:
+    """Lengths of the JSON object and of the raw bytes, from the first ``HEADER.size`` bytes of a frame.
+
+    Raises:
+        ProtocolError: one of them is above its cap.
+    """
+    head, body = HEADER.unpack(header)
+    if head > HEAD_BYTES or body > max_body:
+        raise ProtocolError(f"a frame of {head} + {body} bytes; the caps are {HEAD_BYTES} + {max_body}")
+    return head, body
+
+
+def decode_head(text: bytes) -> dict[str, Any]:
+    """The JSON object of a frame.
+
+    Raises:
+        ProtocolError: it is not one.
+    """
+    try:
+        head = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"a frame that is not JSON: {error}") from error
+    if not isinstance(head, dict):
+        raise ProtocolError(f"a frame that holds a {type(head).__name__} instead of an object")
+    return head
