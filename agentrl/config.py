@@ -1,4 +1,4 @@
-"""One typed configuration: a TOML file, then dotted command-line flags (``--train.lr 1e-4``) on top.
+"""One typed configuration: a TOML file, then the environment (``AGENTRL_TRAIN__LR``), then flags (``--train.lr``).
 
 Every key is here, with its unit and its default. Unknown keys are refused with the nearest valid name.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from agentrl.errors import ConfigError, UnknownName
 
@@ -146,8 +147,14 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
 
 
+class _Sources(BaseSettings, RunConfig):
+    """``RunConfig`` as pydantic-settings reads it from files and the environment."""
+
+    model_config = SettingsConfigDict(extra="ignore", env_prefix="AGENTRL_", env_nested_delimiter="__")
+
+
 def load_config(file: str | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """A configuration from a TOML file and dotted overrides.
+    """A configuration from a TOML file, ``AGENTRL_*`` variables and dotted overrides; later ones win.
 
     Args:
         file: path of a TOML file, or None.
@@ -158,10 +165,12 @@ def load_config(file: str | None = None, overrides: Mapping[str, Any] | None = N
         UnknownName: an unknown key or algorithm, with the nearest valid name.
     """
     tree: dict[str, Any] = _read_toml(file) if file else {}
+    for key, value in _leaves(EnvSettingsSource(_Sources)()):
+        _put(tree, key, value)
     for key, value in (overrides or {}).items():
         _put(tree, key, value)
-    for key in _flatten(tree):
-        if key not in known_keys() and not key.startswith("env_options."):
+    for key, _ in _leaves(tree):
+        if key not in known_keys():
             raise UnknownName("configuration key", key, known_keys())
     algorithm = tree.get("algorithm", {})
     name = algorithm.get("name", "dapo")
@@ -222,17 +231,20 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested sections; ``env_options`` is one value."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and name != "env_options":
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield prefix + name
+            yield prefix + name, value
 
 
 def _read_toml(file: str) -> dict[str, Any]:
+    if not Path(file).is_file():
+        raise ConfigError(f"cannot read the configuration {file}: no such file.")
     try:
-        return tomllib.loads(Path(file).read_text())
+        return TomlConfigSettingsSource(_Sources, toml_file=Path(file))()
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {file}: {error.strerror}.") from error
     except tomllib.TOMLDecodeError as error:

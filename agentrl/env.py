@@ -6,6 +6,7 @@ concurrently, and asks ``reward`` once, at the end.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import random
@@ -65,6 +66,7 @@ class ToolEnv:
         max_turns: assistant messages an episode may have.
         max_tool_calls: tool calls an episode may make; None for no limit besides the turns.
         reward_range: lowest and highest reward; checked by ``agentrl check``.
+        task: the task of the live episode; None before the first ``reset``.
     """
 
     tools: ClassVar[tuple[str | Callable[..., Any] | Tool, ...]] = ()
@@ -73,7 +75,7 @@ class ToolEnv:
     max_tool_calls: int | None = None
     reward_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
-    _task: Task | None = None
+    task: Task | None = None
     _done: bool = True
 
     # -- what a subclass defines ------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ class ToolEnv:
         raise NotImplementedError(f"{type(self).__name__} has no scripted guesser; define guesser(task, rng).")
 
     def make_tools(self) -> Sequence[Tool]:
-        """The tools of one episode; the default makes those of ``tools``."""
+        """The tools of one episode (``self.task`` is set); the default makes those of ``tools``."""
         return [make_tool(spec) for spec in self.tools]
 
     def extract_answer(self, content: str) -> str:
@@ -114,8 +116,8 @@ class ToolEnv:
         """Start an episode on ``options["task"]``, or on a training task drawn with ``seed``."""
         await self.close()
         chosen = (options or {}).get("task") or self._draw(seed)
+        self.task, self._turns, self._calls, self._done = chosen, 0, 0, False
         self._tools = {made.name: made for made in self.make_tools()}
-        self._task, self._turns, self._calls, self._done = chosen, 0, 0, False
         self._results: list[ToolResult] = []
         opening = (Message("system", self.system), *chosen.prompt) if self.system else chosen.prompt
         self._messages: list[Message] = list(opening)
@@ -167,15 +169,22 @@ class ToolEnv:
             raise ForkRefused(f"{type(self).__name__} cannot fork: tools {', '.join(refused)} refuse to.")
         twin = copy.copy(self)
         twin._messages, twin._results = list(self._messages), list(self._results)
-        twin._tools = {name: await made.fork() for name, made in self._tools.items()}
+        twin._tools = {}
+        try:
+            for name, made in self._tools.items():
+                twin._tools[name] = await made.fork()
+        except BaseException:
+            await twin.close()
+            raise
         return twin
 
     async def close(self) -> None:
         """Close the tools of the episode. Safe to call twice."""
         tools, self._tools = getattr(self, "_tools", {}), {}
         self._done = True
-        for made in tools.values():
-            await made.close()
+        async with contextlib.AsyncExitStack() as closing:  # goes on to the others when one fails to close
+            for made in tools.values():
+                closing.push_async_callback(made.close)
 
     @property
     def fork_level(self) -> ForkLevel:
@@ -198,10 +207,10 @@ class ToolEnv:
     async def _finish(
         self, outcome: Outcome, answer: str | None, observation: tuple[Message, ...], results: tuple[ToolResult, ...]
     ) -> StepResult:
-        assert self._task is not None
+        assert self.task is not None
         self._done = True
         episode = Episode(tuple(self._messages), answer, outcome, tuple(self._results))
-        reward = await self._score(self._task, episode)
+        reward = await self._score(self.task, episode)
         info = {"outcome": outcome, "episode": episode, "tool_results": results}
         answered = outcome is Outcome.ANSWERED
         return StepResult(observation, reward, answered, not answered, info)

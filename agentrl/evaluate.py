@@ -124,19 +124,19 @@ def table(rows: Mapping[str, Evaluation], comparisons: list[Comparison] | None =
     """Evaluations side by side, and their paired difference."""
     first = next(iter(rows.values()))
     tasks, samples = first.pass_at_k[0].tasks, first.pass_at_k[0].samples
-    caption = f"{tasks} tasks, {samples} samples; 95 % intervals over tasks"
+    caption = f"{tasks} tasks, {samples} samples; 95 % intervals over tasks; calls: tool calls per episode"
     view = Table(caption=caption, caption_justify="left")
-    view.add_column("policy")
+    view.add_column("policy", overflow="fold")
     for estimate in first.pass_at_k:
         view.add_column(f"pass@{estimate.k}", justify="right")
-    view.add_column("tool calls", justify="right")
+    view.add_column("calls", justify="right")
     for name, row in rows.items():
-        cells = [f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" + _excluded(e.excluded) for e in row.pass_at_k]
+        cells = [f"{e.value:.3f}\n[{e.low:.3f}, {e.high:.3f}]" + _excluded(e.excluded) for e in row.pass_at_k]
         view.add_row(name, *cells, f"{row.tool_calls:.2f}")
     if comparisons:
         view.add_section()
-        cells = [f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" + _excluded(c.excluded) for c in comparisons]
-        view.add_row("difference (paired)", *cells, "")
+        cells = [f"{c.difference:+.3f}\n[{c.low:+.2f}, {c.high:+.2f}]" + _excluded(c.excluded) for c in comparisons]
+        view.add_row("difference\n(paired)", *cells, "")
     return view
 
 
@@ -153,4 +153,4 @@ def on_leaf(advance: Callable[..., None]) -> Progress:
 
 
 def _excluded(count: int) -> str:
-    return f" ({count} tasks left out)" if count else ""
+    return f"\n{count} tasks left out" if count else ""

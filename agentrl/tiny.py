@@ -133,6 +133,9 @@ def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} entries and the model {rows} rows: they do not belong together."
         )
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar per file would break ours
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

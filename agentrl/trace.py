@@ -25,10 +25,20 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any, Self
 
-from agentrl._durable import TMP_PREFIX, damage, disk_full_explained, remove_tree, seal, sync_dir, write_atomic
+from agentrl._durable import (
+    TMP_PREFIX,
+    append_line,
+    damage,
+    disk_full_explained,
+    remove_tree,
+    seal,
+    sync_dir,
+    write_atomic,
+)
 from agentrl._versions import collect_versions
 from agentrl.errors import NonFiniteError, RunFolderError
 from agentrl.tree_json import dump_tree, load_tree, tree_from_json, tree_to_json
@@ -61,16 +71,17 @@ class RunFolder:
     Attributes:
         path: the folder.
         config: what ``create`` was given, read back from ``config.json`` on ``resume``.
+        keep: how many checkpoints to keep; may be changed.
         start: the checkpoint that ``resume`` went back to; None in a new run and where none was saved yet.
     """
 
     def __init__(
-        self, path: Path, lock: IO[str], config: Mapping[str, Any], keep: int, start: Checkpoint | None
+        self, path: Path, config: Mapping[str, Any], *, lock: IO[str], keep: int, start: Checkpoint | None
     ) -> None:
         self.path, self.config, self.start = path, config, start
-        self._lock, self._keep = lock, keep
+        self._lock, self.keep = lock, keep
         self._last_step = start.step if start else -1
-        self._metrics = open(path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 -- open as long as the run
+        self._metrics = FileIO(path / "metrics.jsonl", "a")
 
     # -- opening and closing --------------------------------------------------------------------------------------
 
@@ -97,6 +108,7 @@ class RunFolder:
             RunFolderError: the folder holds a run, is in use, or cannot be made.
         """
         path = Path(path).absolute()
+        _require_keep(keep)
         try:
             for folder in (path, *_subfolders(path)):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +127,7 @@ class RunFolder:
                 # Last, because a folder with config.json is a run that can be resumed.
                 write_atomic(path / "config.json", _dump(config))
                 sync_dir(path.parent)
-            return cls(path, lock, config, _checked_keep(keep), None)
+            return cls(path, config, lock=lock, keep=keep, start=None)
         except BaseException:
             lock.close()
             raise
@@ -132,6 +144,7 @@ class RunFolder:
             RunFolderError: there is no run in ``path``, it is in use, or its metrics are damaged.
         """
         path = Path(path).absolute()
+        _require_keep(keep)
         if not (path / "config.json").is_file():
             raise RunFolderError(
                 f"there is no run to resume in {path}: expected a config.json. Start it without --resume, or correct "
@@ -143,11 +156,11 @@ class RunFolder:
                 for folder in _subfolders(path):
                     folder.mkdir(exist_ok=True)
                 _remove_leftovers(path)
-                _set_damaged_aside(path / "checkpoints")
-                start = latest_checkpoint(path)
+                start = _go_back_to_whole(path)
                 _rewind(path, start.step if start else -1)
+            _warn_of_other_versions(path)
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            return cls(path, lock, config, _checked_keep(keep), start)
+            return cls(path, config, lock=lock, keep=keep, start=start)
         except BaseException:
             lock.close()
             raise
@@ -204,9 +217,7 @@ class RunFolder:
         if bad:
             raise NonFiniteError(f"metrics of step {step} are not finite: {bad}. Expected numbers, text or None.")
         with disk_full_explained(f"the metrics of step {step}", self.path):
-            self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
-            self._metrics.flush()
-            os.fsync(self._metrics.fileno())
+            append_line(self._metrics, json.dumps({"step": step, **metrics}))
         self._last_step = step
 
     def save_failure(self, name: str, payload: Mapping[str, Any]) -> Path:
@@ -265,7 +276,7 @@ class RunFolder:
             with suppress(FileNotFoundError):
                 remove_tree(tmp)
             raise
-        for _, old in _checkpoint_folders(self.path)[self._keep :]:
+        for _, old in _checkpoint_folders(self.path)[self.keep :]:
             remove_tree(old)
 
     def latest_checkpoint(self) -> Checkpoint | None:
@@ -308,16 +319,24 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 def _take_lock(path: Path) -> IO[str]:
     """The exclusive lock of ``path``; the kernel gives it back when the process ends, however it ends."""
-    lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 -- held as long as the run
+    try:
+        lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 -- held as long as the run
+    except OSError as error:
+        raise RunFolderError(f"cannot write in the run folder {path}: {error}.") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        holder = lock.read().strip() or "unknown"
+        holder = lock.read().strip() or "(unknown)"
         lock.close()
         raise RunFolderError(
             f"{path} is in use by process {holder}. Wait for it or stop it, or choose another folder with --out."
         ) from None
+    except OSError as error:
+        lock.close()
+        raise RunFolderError(
+            f"cannot lock the run folder {path}: {error}. Its file system must support flock; choose another --out."
+        ) from error
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
     lock.flush()
@@ -345,17 +364,26 @@ def _remove_leftovers(path: Path) -> None:
                 leftover.unlink()
 
 
-def _set_damaged_aside(checkpoints: Path) -> None:
-    """Free the names of damaged checkpoints: the resumed run will save those steps again."""
-    for _, folder in _checkpoint_folders(checkpoints.parent):
+def _go_back_to_whole(path: Path) -> Checkpoint | None:
+    """The newest whole checkpoint; damaged ones after it are renamed, for the run will save those steps again."""
+    for step, folder in _checkpoint_folders(path):
         problem = damage(folder)
         if problem is None:
-            continue
+            return Checkpoint(step, folder)
         aside = folder.with_name(f"damaged-{folder.name}")
         if aside.exists():
             remove_tree(aside)
         os.replace(folder, aside)
-        _LOG.warning("checkpoint %s is not used and set aside as %s: %s", folder, aside.name, problem)
+        _LOG.warning("checkpoint %s is skipped and set aside as %s: %s", folder, aside.name, problem)
+    return None
+
+
+def _warn_of_other_versions(path: Path) -> None:
+    then: dict[str, str | None] = json.loads((path / "versions.json").read_text(encoding="utf-8"))
+    now = collect_versions()
+    changed = [f"{name} {then[name]} -> {now[name]}" for name in then if name in now and now[name] != then[name]]
+    if changed:
+        _LOG.warning("resumed with other versions, so numbers may differ from an unbroken run: %s", "; ".join(changed))
 
 
 def _checkpoint_folders(path: Path) -> list[tuple[int, Path]]:
@@ -374,10 +402,9 @@ def _step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def _checked_keep(keep: int) -> int:
+def _require_keep(keep: int) -> None:
     if keep < 1:
         raise RunFolderError(f"keep={keep} checkpoints: expected at least 1, or a killed run could not be resumed.")
-    return keep
 
 
 def _dump(payload: Any) -> str:

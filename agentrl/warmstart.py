@@ -57,7 +57,9 @@ def sft(
         batch = pack([_trajectory(_pick(expert, guesses, config, rng)) for _ in range(config.batch)], device)
         loss = -target_logprobs(model, batch).sum() / batch.mask.sum()
         if not bool(loss.isfinite()):
-            raise NonFiniteError(f"the warm start's loss is {float(loss.detach())} at step {step}: lower sft.lr or sft.muon_lr.")
+            raise NonFiniteError(
+                f"the warm start's loss is {float(loss.detach())} at step {step}: lower sft.lr or sft.muon_lr."
+            )
         _apply(model, optimizers, peaks, loss, _schedule(step, config))
         losses.append(float(loss.detach()))
         if progress is not None:

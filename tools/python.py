@@ -6,12 +6,13 @@ import asyncio
 from dataclasses import dataclass, replace
 
 from agentrl.errors import SandboxError
-from agentrl.sandbox.base import ExecResult, ExecStatus, Sandbox, Session
+from agentrl.sandbox.base import ExecResult, Sandbox, Session
 from agentrl.sandbox.shared import shared_sandbox
 from agentrl.tool import Tool
 from agentrl.types import ForkLevel
 
 ERROR_LINES = 6
+"""Lines of a traceback that the policy reads: the last ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Python(Tool):
         Args:
             code: The code.
         """
-        return _describe(await self._exec(_Entry(code)), self.deadline)
+        return _describe(await self._exec(_Entry(code)))
 
     async def exec(self, code: str) -> ExecResult:
         """Run a cell on the environment's behalf, in ``setup`` or ``reward``; cells run one at a time.
@@ -146,18 +147,14 @@ class Python(Tool):
         await self.close()
 
 
-def _describe(result: ExecResult, deadline: float) -> str:
-    """What the policy reads: the output, then how it failed, then what became of the session."""
+def _describe(result: ExecResult) -> str:
+    """What the policy reads: the output, then the end of the error, which also says whether the state was kept."""
     parts = [result.output.rstrip("\n")] if result.output else []
     if result.error:
         lines = result.error.rstrip("\n").splitlines()
         parts.append("\n".join(["...", *lines[-ERROR_LINES:]] if len(lines) > ERROR_LINES else lines))
-    if result.status is ExecStatus.TIMEOUT:
-        parts.append(f"Stopped after {deadline:g} s.")
     if not result.state_kept:
-        parts.append("The session was lost; the next call starts a new one without your variables and files.")
-    elif result.status in (ExecStatus.TIMEOUT, ExecStatus.MEMORY):
-        parts.append("Variables and files were kept.")
+        parts.append("The next call starts a new session.")
     return "\n".join(parts) or "No output."
 
 

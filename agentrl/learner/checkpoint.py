@@ -25,7 +25,9 @@ def load_policy(folder: str | Path, device: str = "auto") -> tuple[Any, Any]:
         UserError: not such a folder, or its tokenizer has entries that the model has no rows for.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a bar per file would break ours
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise UserError(

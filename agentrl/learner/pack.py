@@ -94,7 +94,8 @@ def flatten(tree: RolloutTree, leaf: Leaf, advantage: float = 0.0) -> Trajectory
 def micro_batches(trajectories: Sequence[Trajectory], max_tokens: int) -> Iterable[list[Trajectory]]:
     """Split in order, so that neighbours (a group) stay together where they fit.
 
-    A batch holds at most ``max_tokens`` unique tokens, counted as if only neighbours shared; one trajectory always fits.
+    A batch holds at most ``max_tokens`` unique tokens, counted as if only neighbours shared; one trajectory always
+    fits.
     """
     batch: list[Trajectory] = []
     size = 0

@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature, nucleus, exact entropy, and random numbers that depend only on seed and position."""
+"""From logits to tokens: temperature, nucleus, exact entropy, and random numbers that depend on seed and position."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Draw(NamedTuple):
 
 
 def uniforms(seeds: list[int], positions: list[int]) -> Tensor:
-    """[B] numbers in [0, 1), a pure function of (seed, position): counter-based, as in Steele et al. 2014 (SplitMix)."""
+    """[B] numbers in [0, 1), a pure function of (seed, position), by the mixer of Steele et al. 2014 (SplitMix)."""
     with np.errstate(over="ignore"):
         x = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], dtype=np.uint64)
         x = _mix(x + np.uint64(0x9E3779B97F4A7C15))

@@ -23,19 +23,21 @@ MNT_DETACH = 2
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 SECCOMP_MODE_FILTER = 2
 CLOCK_MONOTONIC = 1
-_CAP_VERSION_3 = 0x2008_0522
-_LAST_CAP_POSSIBLE = 63
 
 _NUMBERS = {
-    "x86_64": {"pivot_root": 155, "capset": 126, "mount_setattr": 442, "timer_create": 222, "timer_settime": 223},
-    "aarch64": {"pivot_root": 41, "capset": 91, "mount_setattr": 442, "timer_create": 107, "timer_settime": 110},
+    "x86_64": {"pivot_root": 155, "capset": 126, "timer_create": 222, "timer_settime": 223},
+    "aarch64": {"pivot_root": 41, "capset": 91, "timer_create": 107, "timer_settime": 110},
 }
-_NR = _NUMBERS.get(platform.machine(), {})
+_SAME_EVERYWHERE = {"close_range": 436, "mount_setattr": 442}
+_NR = {name: ctypes.c_long(nr) for name, nr in (_SAME_EVERYWHERE | _NUMBERS.get(platform.machine(), {})).items()}
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_LAST_DESCRIPTOR = ctypes.c_uint(0xFFFF_FFFF)
+_NO_CAPABILITIES_HEADER = (ctypes.c_uint32 * 2)(0x2008_0522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+_NO_CAPABILITIES = (ctypes.c_uint32 * 6)()
 
 
 def _checked(result: int, what: str) -> int:
@@ -46,7 +48,7 @@ def _checked(result: int, what: str) -> int:
 
 
 def _syscall(name: str, *arguments: Any) -> int:
-    return _checked(_libc.syscall(ctypes.c_long(_NR[name]), *arguments), name)
+    return _checked(_libc.syscall(_NR[name], *arguments), name)
 
 
 def unshare(flags: int) -> None:
@@ -104,12 +106,13 @@ def prctl(option: int, value: int = 0) -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up every capability, for good: bounding set first, as that takes one."""
-    for capability in range(_LAST_CAP_POSSIBLE + 1):
-        if _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
-            break  # EINVAL: past the last one this kernel knows
-    header = (ctypes.c_uint32 * 2)(_CAP_VERSION_3, 0)
-    _syscall("capset", header, (ctypes.c_uint32 * 6)())
+    """Give up every capability. The bounding set may stay full: no_new_privs and no execve leave it without effect."""
+    _syscall("capset", _NO_CAPABILITIES_HEADER, _NO_CAPABILITIES)
+
+
+def close_from(first: int) -> None:
+    """Close every descriptor from ``first`` on (close_range(2), which ``os.closerange`` of an older build lacks)."""
+    _syscall("close_range", ctypes.c_uint(first), _LAST_DESCRIPTOR, 0)
 
 
 class _Program(ctypes.Structure):
@@ -118,34 +121,40 @@ class _Program(ctypes.Structure):
 
 def install_filter(program: ctypes.Array[ctypes.c_char], length: int) -> None:
     """Put a seccomp program of ``length`` instructions over the calling thread. There is no way back."""
-    _checked(_libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(_Program(length, ctypes.addressof(program)))), "seccomp")
+    _checked(
+        _libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(_Program(length, ctypes.addressof(program)))),
+        "seccomp",
+    )
 
 
 class Alarm:
     """A POSIX timer that sends ``number`` to this process, and again every ``again`` seconds until it is stopped.
 
-    Apart from ``signal.setitimer`` and ``signal.alarm``, which belong to the program in the session.
+    Apart from ``signal.setitimer`` and ``signal.alarm``, which belong to the program in the session. A fork does not
+    inherit the timer: it calls ``create`` itself.
     """
 
     def __init__(self, number: int, again: float) -> None:
-        event = (ctypes.c_int32 * 16)()  # struct sigevent: value[2], signo, notify = SIGEV_SIGNAL
-        event[2] = number
-        identity = ctypes.c_int32()
-        _syscall("timer_create", ctypes.c_int(CLOCK_MONOTONIC), event, ctypes.byref(identity))
-        self._identity = ctypes.c_int(identity.value)
+        self._event = (ctypes.c_int32 * 16)()  # struct sigevent: value[2], signo, notify = SIGEV_SIGNAL
+        self._event[2] = number
+        self._identity = ctypes.c_int32()
         self._spec = (ctypes.c_int64 * 4)()  # struct itimerspec: interval, value; seconds and nanoseconds each
         self._off = (ctypes.c_int64 * 4)()
         self._spec[0], self._spec[1] = _split(again)
-        self._call, self._number = _libc.syscall, ctypes.c_long(_NR["timer_settime"])
+        self._identity_pointer = ctypes.byref(self._identity)
+
+    def create(self) -> None:
+        """Make the timer, for the calling process."""
+        _syscall("timer_create", CLOCK_MONOTONIC, self._event, self._identity_pointer)
 
     def start(self, seconds: float) -> None:
         """Ring after ``seconds``."""
         self._spec[2], self._spec[3] = _split(seconds)
-        self._call(self._number, self._identity, 0, self._spec, None)
+        _syscall("timer_settime", self._identity, 0, self._spec, None)
 
     def stop(self) -> None:
         """Do not ring any more."""
-        self._call(self._number, self._identity, 0, self._off, None)
+        _syscall("timer_settime", self._identity, 0, self._off, None)
 
 
 def _split(seconds: float) -> tuple[int, int]:

@@ -7,8 +7,9 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from agentrl.data import held_out, is_test
 from agentrl.env import ToolEnv, make_tool, require_answer
@@ -16,9 +17,15 @@ from agentrl.errors import UserError
 from agentrl.tool import Tool
 from agentrl.types import Episode, Message, Task, ToolCall
 
+from .make_corpus import make_corpus
+
 CORPUS = Path(__file__).with_name("corpus.jsonl")
 Kind = Literal["sum", "difference", "bridge"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+TRAIN_EDITIONS = range(1, 33)
+TRAIN_PER_KIND = 1500
+"""Most training questions of a kind; there would be 60,000 sums."""
 
 TEST_FRACTION: dict[Kind, float] = {"sum": 0.15, "difference": 0.15, "bridge": 0.38}
 """Share of each kind's questions that is held out; larger for the bridges, of which there are only two a town."""
@@ -46,6 +53,7 @@ class Question:
     """A question about two towns; in a bridge the second one must be found out."""
 
     kind: Kind
+    edition: int
     text: str
     first: Town
     second: Town
@@ -73,11 +81,13 @@ class Question:
 class Gazetteer(ToolEnv):
     """Three kinds of questions; the reward is 1 for the right integer as the whole answer, else 0.
 
-    - ``sum``: "How many thousand people live in Funo and Gita together?"
-    - ``difference``: "How many m higher is Funo than Gita?"
+    - ``sum``: "How many thousand people live in Humo and Kisa together?"
+    - ``difference``: "How many m higher is Humo than Kisa?"
     - ``bridge``: the same two about a town "and its twin town", whose name the first search tells.
 
-    Whether a question is for training or for testing hangs on a hash of its kind and towns, whatever their order.
+    Whether a question is for training or for testing hangs on a hash of its kind and towns, whatever their order. And
+    tests are asked about the bundled edition of the gazetteer, training about 32 others, in which the same towns have
+    other inhabitants, heights and twins: what a policy learnt by heart is of no use, it has to read what it found.
 
     Args:
         kinds: which kinds to ask.
@@ -92,15 +102,15 @@ class Gazetteer(ToolEnv):
         self.kinds: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind in kinds)
 
     def make_tools(self) -> Sequence[Tool]:
-        """The bundled corpus to search, and Python."""
-        return [make_tool("search", corpus=CORPUS, topk=1), make_tool("python")]
+        """The task's edition of the gazetteer to search, and Python."""
+        edition = self.task.metadata["edition"] if self.task else 0
+        return [make_tool("search", backend=index(edition), topk=1), make_tool("python")]
 
     def tasks(self, split: str) -> Iterable[Task]:
-        """The kinds in turn, in a fixed random order.
+        """The kinds in turn, in a fixed random order, each question once.
 
-        There are few bridges. Training asks them again, under an id of their own, so that every prefix holds the kinds
-        in equal parts. Testing asks each question once: the kinds are equal until the bridges run out (after about
-        100 tasks), then the others go on.
+        Training goes on as long as all kinds last. Testing asks every question that is held out: the kinds are equal
+        until the bridges run out (after about 100 tasks), then the others go on.
         """
         return _tasks(self.kinds, is_test(split))
 
@@ -128,48 +138,70 @@ class Gazetteer(ToolEnv):
         return [Message("assistant", str(rng.randrange(low, high)))]
 
 
-@lru_cache(maxsize=1)
-def towns() -> dict[str, Town]:
-    """The corpus by name."""
-    rows = [json.loads(line) for line in CORPUS.read_text(encoding="utf-8").splitlines()]
-    return {row["title"]: Town(row["title"], row["people"], row["high"], row["twin"]) for row in rows}
+@lru_cache(maxsize=64)
+def records(edition: int = 0) -> tuple[dict[str, Any], ...]:
+    """The corpus of ``edition``; 0 is the bundled one."""
+    if edition:
+        return tuple(make_corpus(edition))
+    return tuple(json.loads(line) for line in CORPUS.read_text(encoding="utf-8").splitlines())
 
 
-def questions(kind: Kind) -> Iterable[Question]:
-    """Every question of ``kind``."""
-    for first in towns().values():
-        seconds = [towns()[first.twin]] if kind == "bridge" else [town for town in towns().values() if town != first]
+@lru_cache(maxsize=64)
+def towns(edition: int = 0) -> dict[str, Town]:
+    """The towns of ``edition`` by name."""
+    return {r["title"]: Town(r["title"], r["people"], r["high"], r["twin"]) for r in records(edition)}
+
+
+@lru_cache(maxsize=64)
+def index(edition: int) -> Any:
+    """The search index of ``edition``, shared by all episodes."""
+    search: Any = make_tool("search", corpus=records(edition))
+    return search.backend
+
+
+def questions(kind: Kind, edition: int = 0) -> Iterable[Question]:
+    """Every question of ``kind`` about ``edition``."""
+    known = towns(edition)
+    for first in known.values():
+        seconds = [known[first.twin]] if kind == "bridge" else [town for town in known.values() if town != first]
         for second in seconds:
             named = "its twin town" if kind == "bridge" else second.name
             if kind != "difference":
                 text = f"How many thousand people live in {first.name} and {named} together?"
-                yield Question(kind, text, first, second, first.people, "+", second.people)
+                yield Question(kind, edition, text, first, second, first.people, "+", second.people)
             if kind != "sum":
                 text = f"How many m higher is {first.name} than {named}?"
-                yield Question(kind, text, first, second, first.high, "-", second.high)
+                yield Question(kind, edition, text, first, second, first.high, "-", second.high)
 
 
 @lru_cache(maxsize=16)
 def _tasks(kinds: tuple[Kind, ...], test: bool) -> tuple[Task, ...]:
-    pools = []
-    for kind in kinds:
-        pool = [question for question in questions(kind) if held_out(question.key, TEST_FRACTION[kind]) is test]
-        random.Random(f"gazetteer {kind} {test}").shuffle(pool)
-        pools.append(pool)
-    longest = max(len(pool) for pool in pools)
-    tasks = []
-    for place in range(longest):
-        for pool in pools:
-            if place < len(pool) or not test:
-                tasks.append(_task(pool[place % len(pool)], place // len(pool)))
-    return tuple(tasks)
+    pools = [_pool(kind, test) for kind in kinds]
+    count = (max if test else min)(map(len, pools))
+    return tuple(_task(pool[place]) for place in range(count) for pool in pools if place < len(pool))
 
 
-def _task(question: Question, repeat: int) -> Task:
-    towns = [question.first.name, question.second.name]
-    name = "-".join((question.kind, "plus" if question.operator == "+" else "less", *towns))
-    metadata = {"kind": question.kind, "towns": towns, "expression": question.expression}
-    return Task(question.text, str(question.answer), id=f"{name}-{repeat}" if repeat else name, metadata=metadata)
+def _pool(kind: Kind, test: bool) -> list[Question]:
+    """Questions of one kind in random order. The split is drawn by the towns, so it is the same in every edition."""
+    places = [i for i, q in enumerate(questions(kind)) if held_out(q.key, TEST_FRACTION[kind]) is test]
+    asked = list(product((0,) if test else TRAIN_EDITIONS, places))
+    count = len(asked) if test else min(len(asked), TRAIN_PER_KIND)
+    chosen = random.Random(f"gazetteer {kind} {test}").sample(asked, count)
+    editions = {edition: list(questions(kind, edition)) for edition in {edition for edition, _ in chosen}}
+    return [editions[edition][place] for edition, place in chosen]
+
+
+def _task(question: Question) -> Task:
+    names = [question.first.name, question.second.name]
+    operator = "plus" if question.operator == "+" else "less"
+    metadata = {
+        "kind": question.kind,
+        "edition": question.edition,
+        "towns": names,
+        "expression": question.expression,
+    }
+    identifier = "-".join((str(question.edition), question.kind, operator, *names))
+    return Task(question.text, str(question.answer), id=identifier, metadata=metadata)
 
 
 ENV = Gazetteer

@@ -1,5 +1,8 @@
 """Writes ``corpus.jsonl``: 48 invented towns. Run ``python envs/gazetteer/make_corpus.py`` to write it again.
 
+The gazetteer has many editions: the same towns, other facts. Edition 0 is bundled and is what tests are asked about;
+the editions to train on are computed when they are needed. So no fact of a test can be known by heart.
+
 The wording is short and fixed, names are one capitalised word and numbers have two digits, so that a policy of under a
 million parameters can learn to read it within minutes.
 """
@@ -15,31 +18,9 @@ TOWNS = 48
 SEED = 1
 PATH = Path(__file__).with_name("corpus.jsonl")
 
-_ONSETS = [
-    "b",
-    "br",
-    "d",
-    "dr",
-    "f",
-    "g",
-    "gr",
-    "h",
-    "k",
-    "kr",
-    "l",
-    "m",
-    "n",
-    "p",
-    "r",
-    "s",
-    "st",
-    "t",
-    "tr",
-    "v",
-    "z",
-]
-_VOWELS = ["a", "e", "i", "o", "u"]
-_MIDDLES = ["l", "n", "r", "s", "t", "m", "nd", "rk", "st", "th"]
+_ONSETS = (*"bdfghklmnprstvz", "br", "dr", "gr", "kr", "st", "tr")
+_VOWELS = (*"aeiou",)
+_MIDDLES = (*"lmnrst", "nd", "rk", "st", "th")
 _ENDINGS = ("a", "en", "o", "ia", "ek", "um")
 
 
@@ -54,10 +35,10 @@ def make_names(rng: random.Random, count: int) -> list[str]:
     return names
 
 
-def make_corpus(count: int = TOWNS, seed: int = SEED) -> list[dict[str, Any]]:
-    """One record a town: ``id``, ``title``, ``text``, and what it tells: ``people`` (thousands), ``high`` (m), ``twin``."""
-    rng = random.Random(seed)
-    names = make_names(rng, count)
+def make_corpus(edition: int = 0) -> list[dict[str, Any]]:
+    """One record a town: ``id``, ``title``, ``text`` and the facts in it (people in thousands, metres)."""
+    names, count = make_names(random.Random(SEED), TOWNS), TOWNS
+    rng = random.Random(f"edition {edition}")
     facts = {name: (rng.randrange(10, 100), rng.randrange(10, 100)) for name in names}
     ring = rng.sample(names, count)
     twins = {name: ring[(place + 1) % count] for place, name in enumerate(ring)}

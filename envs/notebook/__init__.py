@@ -53,9 +53,9 @@ class Notebook(ToolEnv):
         """Run the calls, then turn the page."""
         result = await super().step(action)
         if not (result.terminated or result.truncated):
-            assert self._task is not None
+            assert self.task is not None
             self._open_page = 1 - self._open_page
-            await self._show_page(self._task.metadata["name"])
+            await self._show_page(self.task.metadata["name"])
         return result
 
     async def reward(self, task: Task, episode: Episode) -> float:
@@ -80,9 +80,7 @@ class Notebook(ToolEnv):
     async def _show_page(self, name: str) -> None:
         result = await self._python.exec(f"{name} = {self._pages[self._open_page]}")
         if result.error:
-            raise EnvError(
-                f"notebook: expected the session to take a page of {self.length} numbers, got {result.error}"
-            )
+            raise EnvError(f"notebook: the session did not take a page of {self.length} numbers: {result.error}")
 
 
 def make_pages(task: Task) -> tuple[list[int], list[int]]:

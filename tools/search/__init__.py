@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from agentrl.errors import UserError
 from agentrl.tool import Tool
 from agentrl.types import ForkLevel
 
-from .bm25 import Bm25Index, load_index
+from .bm25 import Bm25Index, load_index, read_document
 from .retriever import HttpRetriever, shared_retriever
 
 __all__ = ["TOOL", "Backend", "Bm25Index", "HttpRetriever", "Search"]
@@ -36,7 +36,8 @@ class Search(Tool):
     """Search, with one argument. Nothing of an episode is kept, so a fork costs nothing.
 
     Args:
-        corpus: a folder of ``.txt`` and ``.md`` files, or a JSONL file of ``{"id", "title", "text"}``.
+        corpus: a folder of ``.txt`` and ``.md`` files, a JSONL file of ``{"id", "title", "text"}``, or such records.
+            Files are indexed once for all episodes; records anew by every ``Search`` (pass its ``backend`` on).
         url: address of a retrieval server; exactly one of ``corpus``, ``url`` and ``backend`` is given.
         topk: most texts per query.
         backend: your own source of texts.
@@ -52,7 +53,7 @@ class Search(Tool):
 
     def __init__(
         self,
-        corpus: str | Path | None = None,
+        corpus: str | Path | Sequence[Mapping[str, Any]] | None = None,
         *,
         url: str | None = None,
         topk: int = 1,
@@ -67,8 +68,10 @@ class Search(Tool):
             self.backend = backend
         elif url is not None:
             self.backend = shared_retriever(url)
+        elif isinstance(corpus, str | Path):
+            self.backend = load_index(Path(corpus).resolve())
         else:
-            self.backend = load_index(Path(str(corpus)).resolve())
+            self.backend = Bm25Index([read_document(f"record {n}", row) for n, row in enumerate(corpus or ())])
 
     async def start(self, seed: int) -> None:
         """Take part in the backend."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -44,6 +45,7 @@ class Bm25Index:
     def __init__(self, documents: Sequence[Document], *, k1: float = 0.9, b: float = 0.4) -> None:
         import bm25s
 
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets DEBUG, whatever the application wants
         tokens = [words(f"{document.title} {document.text}") for document in documents]
         if not any(tokens):
             raise TaskError(f"search: expected a corpus with words in it, got {len(documents)} documents without any.")
@@ -97,7 +99,7 @@ def read_corpus(corpus: Path) -> list[Document]:
         documents = [Document(str(f.relative_to(corpus)), f.stem, f.read_text(encoding="utf-8").strip()) for f in files]
     elif corpus.is_file():
         lines = corpus.read_text(encoding="utf-8").splitlines()
-        documents = [_document(f"{corpus}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+        documents = [_read_line(f"{corpus}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
     else:
         raise TaskError(f"{corpus}: no such corpus; expected a folder of .txt and .md files, or a JSONL file.")
     if not documents:
@@ -110,12 +112,21 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def _document(where: str, line: str) -> Document:
-    wanted = 'expected {"id": ..., "title": ..., "text": ...}'
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{where}: {wanted}, got something that is not JSON: {error}.") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise TaskError(f"{where}: {wanted}, got {line[:80]!r}.")
+def read_document(where: str, row: Any) -> Document:
+    """A document from a record.
+
+    Raises:
+        TaskError: not of the form ``{"id", "title", "text"}``; names ``where``.
+    """
+    if not isinstance(row, Mapping) or not isinstance(row.get("text"), str):
+        raise TaskError(f'{where}: expected {{"id": ..., "title": ..., "text": ...}}, got {str(row)[:80]!r}.')
     return Document(str(row.get("id", where)), str(row.get("title", "")), row["text"])
+
+
+def _read_line(where: str, line: str) -> Document:
+    try:
+        return read_document(where, json.loads(line))
+    except json.JSONDecodeError as error:
+        raise TaskError(
+            f'{where}: expected {{"id": ..., "title": ..., "text": ...}}, got something that is not JSON: {error}.'
+        ) from error

@@ -1,0 +1,200 @@
+"""The ``agentrl`` command.
+
+Errors are printed without a traceback: exit status 2 for what the user can mend, 3 for a run that had to stop.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from agentrl import __version__, registry
+from agentrl.config import RunConfig, describe_keys, load_config, parse_flags
+from agentrl.errors import AgentRLError, ConfigError, IsolationUnavailable, TrainingError, UnknownName, UserError
+
+USAGE = """\
+agentrl: train and evaluate tool-using language models
+
+  agentrl demo                    train a tiny policy from nothing on two CPU cores, and prove that it got better
+  agentrl envs                    list the environments
+  agentrl sft ENV --policy DIR    warm-start on the environment's demonstrations; without --policy, a new tiny policy
+  agentrl train ENV --policy DIR  train with group rollouts (GRPO, DAPO)
+  agentrl eval ENV --policy P     pass@k with intervals; P is a Hugging Face folder or an OpenAI-compatible base URL
+  agentrl new NAME                write a new environment folder with its test
+  agentrl check ENV               the conformance kit
+  agentrl keys                    every configuration key with its default
+
+ENV is a registered name, file.py:Class or module:Class. Configuration: @ file.toml, then --section.key value.
+
+  --out DIR        run folder (train, sft, demo); default runs/ENV-DATE-TIME
+  --resume         go on with the run in --out (train)
+  --dry-run        check everything and print the configuration, then stop (train)
+  --compare P      a second policy on the same tasks, and their paired difference (eval)
+  --json FILE      write the result as JSON (eval, check)
+  --short          every part of the demo in under a minute (demo)
+"""
+
+OPTIONS = {"policy", "out", "resume", "dry_run", "compare", "json", "short"}
+"""Flags that are not configuration keys."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the ``agentrl`` command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return
+    if words[0] == "--version":
+        print(f"agentrl {__version__}")
+        return
+    try:
+        if words[0] not in COMMANDS:
+            raise UnknownName("command", words[0], COMMANDS)
+        if "--help" in words or "-h" in words:
+            print(USAGE)
+            return
+        COMMANDS[words[0]](words[1:])
+    except (UserError, IsolationUnavailable) as error:
+        sys.exit(_fail(error, 2))
+    except (TrainingError, AgentRLError) as error:
+        sys.exit(_fail(error, 3))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted; a run folder can be continued with: agentrl train --resume --out DIR", 130))
+
+
+def _fail(error: object, status: int) -> int:
+    print(f"agentrl: {error}", file=sys.stderr)
+    return status
+
+
+class Arguments:
+    """Words after the command: positional ones, options of the command, and the configuration.
+
+    Raises:
+        UserError: an argument too many or too few, or an option that the command does not take.
+    """
+
+    def __init__(self, words: list[str], positional: str | None, options: set[str]) -> None:
+        self.name = ""
+        if positional is not None:
+            if not words or words[0].startswith(("-", "@")):
+                raise UserError(f"expected {positional} after the command; see agentrl --help.")
+            self.name, words = words[0], words[1:]
+        self.file, flags = parse_flags(words)
+        self.options = {key: flags.pop(key) for key in list(flags) if key in OPTIONS}
+        refused = sorted(self.options.keys() - options)
+        if refused:
+            raise UserError(f"--{refused[0].replace('_', '-')} does not go with this command; see agentrl --help.")
+        self.overrides = flags
+
+    def config(self, **fixed: Any) -> RunConfig:
+        """The run's configuration; ``fixed`` wins."""
+        config = load_config(self.file, self.overrides | {k.replace("__", "."): v for k, v in fixed.items() if v})
+        if config.policy.threads:
+            import torch
+
+            torch.set_num_threads(config.policy.threads)
+        return config
+
+    def out(self, config: RunConfig, kind: str) -> Path:
+        """The run folder."""
+        default = f"runs/{kind}-{datetime.now():%Y%m%d-%H%M%S}"
+        return Path(str(self.options.get("out") or config.out or default))
+
+
+def _demo(words: list[str]) -> None:
+    from agentrl.demo import demo_config, run_demo
+
+    arguments = Arguments(words, None, {"out", "short"})
+    config = demo_config(arguments.overrides, bool(arguments.options.get("short")))
+    run_demo(config, arguments.out(config, "demo"))
+
+
+def _envs(words: list[str]) -> None:
+    Arguments(words, None, set())
+    for name in registry.names("envs"):
+        summary = (registry.load("envs", name).__doc__ or "").strip().splitlines()
+        print(f"{name:<16}{summary[0] if summary else ''}")
+
+
+def _sft(words: list[str]) -> None:
+    from agentrl.run import run_sft
+
+    arguments = Arguments(words, "an environment", {"policy", "out"})
+    config = arguments.config(env=arguments.name, policy__path=arguments.options.get("policy"))
+    run_sft(config, arguments.out(config, "sft"))
+
+
+def _train(words: list[str]) -> None:
+    from agentrl.run import dry_run, run_train
+
+    resume = "--resume" in words
+    named = bool(words) and not words[0].startswith(("-", "@"))
+    arguments = Arguments(words, "an environment" if named or not resume else None, _TRAIN_OPTIONS)
+    if resume:
+        if "out" not in arguments.options:
+            raise ConfigError("--resume needs --out DIR, the folder of the run to go on with.")
+        run_train(None, Path(str(arguments.options["out"])), overrides=arguments.overrides)
+        return
+    config = arguments.config(env=arguments.name, policy__path=arguments.options.get("policy"))
+    if arguments.options.get("dry_run"):
+        dry_run(config)
+        return
+    run_train(config, arguments.out(config, Path(arguments.name.split(":")[0]).stem), toml=arguments.file)
+
+
+_TRAIN_OPTIONS = {"policy", "out", "resume", "dry_run"}
+
+
+def _eval(words: list[str]) -> None:
+    from agentrl.run import run_eval
+
+    arguments = Arguments(words, "an environment", {"policy", "compare", "json"})
+    policy = str(arguments.options.get("policy") or "")
+    config = arguments.config(env=arguments.name)
+    policies = [policy or config.policy.path, str(arguments.options.get("compare") or "")]
+    if not policies[0]:
+        raise ConfigError("no policy: expected --policy DIR or --policy http://host:port/v1.")
+    target = arguments.options.get("json")
+    run_eval(config, [p for p in policies if p], Path(str(target)) if target else None)
+
+
+def _new(words: list[str]) -> None:
+    from agentrl.scaffold import new_env
+
+    arguments = Arguments(words, "a name", set())
+    for path in new_env(arguments.name, Path.cwd()):
+        print(f"wrote {path}")
+
+
+def _check(words: list[str]) -> None:
+    from agentrl.run import run_check
+
+    arguments = Arguments(words, "an environment", {"json"})
+    target = arguments.options.get("json")
+    if not run_check(arguments.config(env=arguments.name), Path(str(target)) if target else None):
+        sys.exit(1)
+
+
+def _keys(words: list[str]) -> None:
+    Arguments(words, None, set())
+    for key, default, meaning in describe_keys():
+        print(f"{key:<28}{default:<28}{meaning}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "demo": _demo,
+    "envs": _envs,
+    "sft": _sft,
+    "train": _train,
+    "eval": _eval,
+    "new": _new,
+    "check": _check,
+    "keys": _keys,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The learning curve of a run as a PNG, through matplotlib (the extra ``plots``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agentrl.errors import UserError
+from agentrl.stats import Estimate
+
+# Okabe and Ito's palette: told apart by colour-blind readers and in grey.
+_REWARD, _CALLS, _FAILURES, _BEFORE, _AFTER = "#0072B2", "#009E73", "#D55E00", "#7F7F7F", "#000000"
+_STYLE: dict[str, Any] = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+}
+
+
+def learning_curve(
+    metrics: Sequence[Mapping[str, Any]],
+    before: Estimate | None,
+    after: Estimate | None,
+    path: Path | str,
+    *,
+    title: str = "Learning curve",
+    smoothing: float = 0.8,
+) -> Path:
+    """Draw reward and tool use per step, and pass@k before and after with their intervals; 1000 x 600 pixels.
+
+    Args:
+        metrics: the lines of ``metrics.jsonl``; a step without a reward is passed over.
+        before: estimate before training, drawn left of the first step.
+        after: estimate after training, drawn right of the last step.
+        path: where the PNG goes.
+        title: heading of the figure.
+        smoothing: weight in [0, 1) of the past in the smoothed line, an exponential mean without start-up bias.
+
+    Raises:
+        UserError: matplotlib is not installed, or no step has a reward.
+    """
+    steps, rewards = _series(metrics, "reward")
+    if not steps:
+        raise UserError(f"nothing to draw: none of {len(metrics)} metrics lines has a reward. Has a step been done?")
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise UserError('drawing needs matplotlib: pip install "agentrl[plots]"') from error
+    # A Figure of its own draws with Agg and leaves pyplot's backend and open figures, which are the user's, alone.
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
+        marker = "." if len(steps) < 20 else None
+        top.plot(steps, rewards, color=_REWARD, alpha=0.4, linewidth=1, marker=marker, label="reward of the step")
+        top.plot(steps, _smooth(rewards, smoothing), color=_REWARD, linewidth=2.2, label="smoothed")
+        _draw_estimates(top, steps, before, after)
+        top.set(ylabel="mean reward, pass@k", ylim=_extent([rewards, before, after]))
+        top.set_title(title, fontsize=13, fontweight="bold", pad=30)
+        top.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+        top.xaxis.get_major_locator().set_params(integer=True)
+        _draw_tools(bottom, metrics)
+        bottom.set_xlabel("training step")
+        figure.align_ylabels()
+        figure.savefig(path, format="png")
+    return Path(path)
+
+
+def _draw_estimates(axes: Any, steps: Sequence[int], before: Estimate | None, after: Estimate | None) -> None:
+    """A bar at the mean over the interval, just outside of the steps, with the figures in the legend."""
+    margin = max(1.0, 0.03 * (steps[-1] - steps[0]))
+    for name, estimate, x, color, marker in (
+        ("before", before, steps[0] - margin, _BEFORE, "o"),
+        ("after", after, steps[-1] + margin, _AFTER, "D"),
+    ):
+        if estimate is None:
+            continue
+        e = estimate
+        label = f"pass@{e.k} {name}: {e.value:.2f}  [{e.low:.2f}, {e.high:.2f}]"
+        axes.axhline(e.value, color=color, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
+        axes.errorbar(
+            [x], [e.value], yerr=[[e.value - e.low], [e.high - e.value]], color=color, marker=marker, markersize=7,
+            capsize=5, linewidth=1.8, linestyle="none", label=label,
+        )  # fmt: skip
+
+
+def _draw_tools(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """Tool calls on the left scale, the share of failed ones on the right."""
+    steps, calls = _series(metrics, "tools/call_frequency")
+    axes.plot(steps, calls, color=_CALLS, linewidth=1.6)
+    axes.set_ylabel("tool calls\nper episode", color=_CALLS)
+    axes.set_ylim(0, max([1.0, *calls]) * 1.15)
+    steps, failures = _series(metrics, "tools/failure_frequency")
+    right = axes.twinx()
+    right.plot(steps, [100 * share for share in failures], color=_FAILURES, linewidth=1.6)
+    right.set_ylabel("failed calls (%)", color=_FAILURES)
+    right.set_ylim(0, max([0.1, *failures]) * 115)
+    right.spines["right"].set_visible(True)
+    right.grid(False)
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the lines that have a value under ``name``."""
+    found = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _smooth(values: Sequence[float], weight: float) -> list[float]:
+    smoothed, total, norm = [], 0.0, 0.0
+    for value in values:
+        total, norm = weight * total + value, weight * norm + 1.0
+        smoothed.append(total / norm)
+    return smoothed
+
+
+def _extent(parts: Sequence[Sequence[float] | Estimate | None]) -> tuple[float, float]:
+    """Limits that hold everything, with some room, and at least the scale from 0 to 1."""
+    values = [0.0, 1.0]
+    for part in parts:
+        if isinstance(part, Estimate):
+            values += [part.low, part.high]
+        elif part is not None:
+            values += part
+    room = 0.04 * (max(values) - min(values))
+    return min(values) - room, max(values) + room

@@ -1,0 +1,187 @@
+"""What the commands do: each function is one of them, with its progress bar and its table."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from agentrl.assemble import env_factory, sampling_params
+from agentrl.config import RunConfig, load_config
+from agentrl.demonstrations import Tokens, encode, record
+from agentrl.errors import ConfigError, RunFolderError, UserError
+from agentrl.evaluate import Evaluation, compare_evaluations, evaluate, on_leaf, table
+from agentrl.progress import console, progress_bar
+from agentrl.renderer import Renderer
+from agentrl.sandbox.shared import close_shared_sandboxes
+from agentrl.seeds import derive_seed
+from agentrl.tasks import TaskStream
+from agentrl.tiny import build_model, build_tokenizer, render_texts, save_policy
+from agentrl.trace import RunFolder
+from agentrl.train import Metrics, train
+
+
+def run_sft(config: RunConfig, folder: Path) -> list[float]:
+    """Warm-start ``policy.path``, or a tiny policy made from nothing, and save it in ``folder``.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        RunFolderError: ``folder`` exists and is not empty.
+        UserError: the environment has no scripted expert, or the policy cannot be loaded.
+    """
+    from agentrl.learner.checkpoint import load_policy
+    from agentrl.warmstart import sft
+
+    if folder.exists() and any(folder.iterdir()):
+        raise RunFolderError(f"{folder} exists and is not empty. Choose another folder with --out.")
+    model, tokenizer = load_policy(config.policy.path, config.policy.device) if config.policy.path else (None, None)
+    expert, guesses, tokenizer = asyncio.run(_demonstrations(config, tokenizer))
+    if model is None:
+        model = build_model(tokenizer, seed=derive_seed(config.seed, "model") % 2**31)
+        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        console.print(f"policy: Qwen3 from nothing, {size:.2f} M parameters, {len(tokenizer)} tokens")
+    with progress_bar("warm start (SFT)", config.sft.steps) as advance:
+        losses = sft(
+            model,
+            expert,
+            guesses,
+            config.sft,
+            seed=derive_seed(config.seed, "sft"),
+            progress=lambda _, loss: advance(1, f"loss {loss:.3f}"),
+        )
+    save_policy(model, tokenizer, folder)
+    console.print(f"policy saved in {folder}")
+    return losses
+
+
+async def _demonstrations(config: RunConfig, tokenizer: Any) -> tuple[list[Tokens], list[Tokens], Any]:
+    """Encoded demonstrations of expert and guesser, and the tokenizer: the given one, or one trained on them."""
+    make_env, count = env_factory(config), config.sft.demonstrations
+    guessed = count if config.sft.guess_fraction > 0 else 0
+    stream = TaskStream(make_env().tasks("train"), derive_seed(config.seed, "demonstrations"))
+    try:
+        with progress_bar("record demonstrations", count + guessed) as advance:
+            expert = await record(make_env, stream.take(count), seed=config.seed, progress=advance)
+            tasks = stream.take(guessed)
+            guesses = await record(make_env, tasks, seed=config.seed, guess=True, progress=advance)
+    finally:
+        await close_shared_sandboxes()
+    if tokenizer is None:
+        tokenizer = build_tokenizer(render_texts((d.messages, d.tools) for d in expert))
+    renderer = Renderer(tokenizer, config.policy.tool_format)
+    return [encode(renderer, d) for d in expert], [encode(renderer, d) for d in guesses], tokenizer
+
+
+def run_train(
+    config: RunConfig | None, out: Path, *, toml: str | None = None, overrides: dict[str, Any] | None = None
+) -> Path:
+    """Train in a new run folder, or, without ``config``, go on with the run in ``out``; returns the last checkpoint.
+
+    A resumed run keeps its configuration; of ``overrides`` only ``train.steps`` is taken, to train for longer.
+
+    Raises:
+        RunFolderError: the folder is in use, holds a run already, or holds none to resume.
+        ConfigError: another override than ``train.steps`` was given with a resume.
+    """
+    if config is not None:
+        text = Path(toml).read_text() if toml else None
+        values = config.model_dump(mode="json")
+        keep = config.train.keep_checkpoints
+        with RunFolder.create(out, values, toml=text, environment=config.env, keep=keep) as run:
+            return train_with_bar(config, run)
+    refused = sorted((overrides or {}).keys() - {"train.steps"})
+    if refused:
+        raise ConfigError(f"a resumed run keeps its configuration; only train.steps may change, got {refused[0]}.")
+    with RunFolder.resume(out) as run:
+        saved = load_config(None, {**run.config})
+        run.keep = saved.train.keep_checkpoints
+        steps = int((overrides or {}).get("train.steps", saved.train.steps))
+        saved = saved.model_copy(update={"train": saved.train.model_copy(update={"steps": steps})})
+        if run.start and run.start.step >= steps:
+            raise UserError(f"the run in {out} has done all its {steps} steps; give --train.steps a larger number.")
+        return train_with_bar(saved, run)
+
+
+def train_with_bar(config: RunConfig, run: RunFolder) -> Path:
+    """``train`` with a progress bar."""
+    done = run.start.step if run.start else 0
+    with progress_bar(f"train ({config.algorithm.name})", config.train.steps, done) as advance:
+
+        def show(_: int, metrics: Metrics) -> None:
+            reward = metrics["reward"]
+            text = "no scored episode" if reward is None else f"reward {reward:.3f}"
+            failures = metrics["rollout/failures"] or 0
+            aloud = f"  {failures:.0f} EPISODES FAILED" if failures else ""
+            advance(1, f"{text}  calls {metrics['tools/call_frequency']:.2f}{aloud}")
+
+        last = asyncio.run(train(config, run, on_step=show))
+    console.print(f"checkpoint {last}")
+    return last
+
+
+def dry_run(config: RunConfig) -> None:
+    """Check the configuration, the environment, its first task and the policy's template; print the configuration.
+
+    Raises:
+        UserError: whatever a real run would have stumbled over.
+    """
+    from agentrl.learner.checkpoint import load_policy
+    from agentrl.learner.step import Learner
+
+    env = env_factory(config)()
+    tasks = TaskStream(env.tasks("train"), config.seed)
+    model, tokenizer = load_policy(config.policy.path, config.policy.device)
+    Renderer(tokenizer, config.policy.tool_format)
+    Learner(model, config)
+    sampling_params(config)
+    print(json.dumps(config.model_dump(mode="json"), indent=2))
+    print(f"ok: {config.rollout.prompts} x {config.rollout.group} rollouts a step, first task {tasks.take(1)[0].id!r}")
+
+
+def run_eval(config: RunConfig, policies: list[str], target: Path | None) -> list[Evaluation]:
+    """Evaluate one or two policies on the same tasks, print the table, write JSON if asked."""
+    rows = {policy: evaluate_with_bar(config, policy, f"evaluate {Path(policy).name}") for policy in policies}
+    found = list(rows.values())
+    comparisons = compare_evaluations(found[0], found[1]) if len(found) == 2 else []
+    console.print(table(rows, comparisons))
+    for comparison in comparisons:
+        if comparison.k == config.eval.k[0]:
+            console.print(f"paired sign-flip test at pass@{comparison.k}: p = {comparison.p_value:.4g}")
+    if target is not None:
+        payload = {
+            "config": config.model_dump(mode="json"),
+            "evaluations": [row.to_json() for row in found],
+            "difference": [asdict(comparison) for comparison in comparisons],
+        }
+        target.write_text(json.dumps(payload, indent=2) + "\n")
+        console.print(f"wrote {target}")
+    return found
+
+
+def evaluate_with_bar(config: RunConfig, policy: str, title: str) -> Evaluation:
+    """``evaluate`` with a progress bar."""
+    with progress_bar(title, config.eval.tasks * config.eval.samples) as advance:
+        return asyncio.run(evaluate(config, policy, progress=on_leaf(advance)))
+
+
+def run_check(config: RunConfig, target: Path | None) -> bool:
+    """Run the conformance kit and print what it found; whether all checks passed."""
+    from agentrl.conformance import Check, check_env
+
+    async def check() -> list[Check]:
+        try:
+            return await check_env(env_factory(config))
+        finally:
+            await close_shared_sandboxes()
+
+    checks = asyncio.run(check())
+    for found in checks:
+        console.print(f"[{'green' if found.ok else 'red'}]{'ok  ' if found.ok else 'FAIL'}[/] {found.name}", end="")
+        console.print(f"  {found.detail}" if found.detail else "", markup=False)
+    if target is not None:
+        target.write_text(json.dumps([asdict(found) for found in checks], indent=2) + "\n")
+    return all(found.ok for found in checks)

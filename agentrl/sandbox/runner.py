@@ -1,0 +1,315 @@
+"""The inside of a session: takes requests from the control socket, runs cells, moves files.
+
+Everything here lives in the same interpreter as the program it runs, so the program can reach and break all of it.
+That only ever harms its own session: the manager trusts nothing that comes out.
+
+Runs inside the zygote, so it imports nothing but the standard library and its neighbours.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import errno
+import io
+import linecache
+import os
+import random
+import signal
+import stat
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from types import FrameType, ModuleType
+from typing import Any, NoReturn
+
+from agentrl.sandbox import wire
+from agentrl.sandbox.kernel import Alarm
+
+CONTROL = 3
+"""The descriptor of the control socket."""
+SESSION_PID = 1
+"""A session's first process is the init of its own PID namespace."""
+_AGAIN_SECONDS = 0.02
+_WARM_UP_ROUNDS = 20
+_ERROR_CHARS = 16 * 1024
+_OWN_FILES = ("<cell ", "/work/", "/tmp/")
+
+Outcome = tuple[str, str | None]
+"""Status and error text of a cell."""
+
+
+class Output(io.BufferedIOBase):
+    """Bytes printed by one cell, the first ``cap`` of them kept and the rest counted.
+
+    A process that the program forked has no way back to this object: what it prints goes to descriptor 1, a scratch
+    file that is read after the cell.
+    """
+
+    def __init__(self, cap: int) -> None:
+        self.cap, self.kept, self.cut = cap, bytearray(), 0
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def close(self) -> None:
+        """Never: a program that closes ``sys.stdout`` gets a new one with the next cell."""
+
+    def write(self, data: Any) -> int:
+        """Keep what fits."""
+        size = len(data)
+        if os.getpid() != SESSION_PID:
+            return os.write(1, data)
+        room = self.cap - len(self.kept)
+        if size <= room:
+            self.kept += data
+        else:
+            self.kept += data[:room]
+            self.cut += size - room
+        return size
+
+    def take(self) -> tuple[bytes, int]:
+        """What was kept and the number of bytes cut; starts again from nothing."""
+        with contextlib.suppress(OSError):  # the program may have closed or replaced descriptor 1
+            if size := os.fstat(1).st_size:
+                raw = os.pread(1, self.cap - len(self.kept), 0)
+                self.kept += raw
+                self.cut += size - len(raw)
+                os.ftruncate(1, 0)
+        kept, cut = bytes(self.kept), self.cut
+        self.kept, self.cut = bytearray(), 0
+        return kept, cut
+
+
+class NumpyHook:
+    """Makes numpy fit for a session when the program imports it: one thread, and its global generator seeded."""
+
+    def __init__(self, seed: int) -> None:
+        self._hooks = {"numpy": _with_one_thread, "numpy.random": lambda load: _seeding(load, seed)}
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Numpy's ordinary spec with a wrapped loader; None for every other module."""
+        hook = self._hooks.pop(name, None)
+        spec = PathFinder.find_spec(name, path, target) if hook else None
+        if hook and spec and spec.loader:
+            spec.loader.exec_module = hook(spec.loader.exec_module)  # type: ignore[method-assign]
+        return spec
+
+
+Load = Callable[[ModuleType], None]
+
+
+def _with_one_thread(load: Load) -> Load:
+    """OpenBLAS starts a thread per core of the machine, which the limit on processes may not allow."""
+
+    def wrapped(module: ModuleType) -> None:
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
+        try:
+            load(module)
+        finally:
+            os.environ.pop("OPENBLAS_NUM_THREADS", None)
+
+    return wrapped
+
+
+def _seeding(load: Load, seed: int) -> Load:
+    def wrapped(module: ModuleType) -> None:
+        load(module)
+        module.seed(seed % 2**32)
+
+    return wrapped
+
+
+class Interpreter:
+    """The program's ``__main__`` module and what surrounds it."""
+
+    def __init__(self, output_cap: int) -> None:
+        self.output = Output(output_cap)
+        self.armed = False
+        self.due = 0.0
+        self.alarm = Alarm(signal.SIGINT, _AGAIN_SECONDS)
+        self._open_stream()
+        self._reset()
+
+    def warm_up(self) -> None:
+        """Run a few cells in the zygote, so that what they load and specialise need not happen in every session."""
+        self.alarm.create()
+        for source in (
+            b"x = 6\nprint(x * 7)\nx",
+            b"1 / 0",
+            b"def f(n):\n    return [i / 2 for i in range(n)]\nf(3)",
+            b"*",
+        ):
+            for _ in range(_WARM_UP_ROUNDS):
+                status, error = self.run(source, 1.0)
+                self.stream.flush()
+                kept, cut = self.output.take()
+                wire.encode({"id": 1, "status": status, "error": error, "cut": cut}, kept)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.cells = 0
+        self.module = ModuleType("__main__")
+        self.module.__dict__["__builtins__"] = builtins
+        sys.modules["__main__"] = self.module
+        linecache.clearcache()
+
+    def adopt(self, seed: int) -> None:
+        """Make this process, fresh from the zygote, the session with this ``seed``."""
+        random.seed(seed)
+        loaded = sys.modules.get("numpy.random")
+        if loaded is None:
+            sys.meta_path.insert(0, NumpyHook(seed))
+        else:
+            loaded.seed(seed % 2**32)
+        self.alarm.create()
+
+    def run(self, source: bytes, deadline: float) -> Outcome:
+        """Run one cell. ``SIGINT`` comes at the deadline and then again and again until the cell yields."""
+        self.cells += 1
+        if self.stream.closed:
+            self._open_stream()
+        signal.signal(signal.SIGINT, self._interrupt)  # the last cell may have taken it
+        self.due = time.monotonic() + deadline
+        try:
+            try:
+                self.armed = True
+                self.alarm.start(deadline)
+                self._evaluate(source.decode("utf-8", "surrogatepass"), f"<cell {self.cells}>")
+                return "ok", None
+            except BaseException as error:
+                return self._describe(error, deadline)
+            finally:
+                self._disarm()
+        except KeyboardInterrupt:  # it struck in the instructions around the cell
+            self._disarm()
+            return "timeout", "TimeoutError: interrupted at the deadline"
+
+    def _open_stream(self) -> None:
+        self.stream = io.TextIOWrapper(self.output, encoding="utf-8", errors="backslashreplace")  # type: ignore[type-var]
+        sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = self.stream  # type: ignore[misc]
+
+    def _evaluate(self, source: str, name: str) -> None:
+        tree = compile(source, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+        names = self.module.__dict__
+        if tree.body:
+            exec(compile(tree, name, "exec", dont_inherit=True), names)
+        if last is not None:
+            value = eval(compile(ast.Expression(last.value), name, "eval", dont_inherit=True), names)
+            if value is not None:
+                print(repr(value))
+
+    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        if self.armed:
+            raise KeyboardInterrupt
+
+    def _disarm(self) -> None:
+        self.armed = False
+        self.alarm.stop()
+
+    def _describe(self, error: BaseException, deadline: float) -> Outcome:
+        """Status and traceback of a failed cell. Runs the program's ``__str__``, so it is interruptible too."""
+        status = "memory" if isinstance(error, MemoryError) else "error"
+        if isinstance(error, KeyboardInterrupt) and time.monotonic() >= self.due:
+            self._disarm()  # nothing but our own text is formatted from here on
+            status = "timeout"
+            note = f"the cell was interrupted after {deadline:g} s; variables and files are kept"
+            error = TimeoutError(note).with_traceback(error.__traceback__)
+        try:
+            return status, _program_traceback(error)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as failure:
+            return status, f"{type(error).__name__}: (its traceback cannot be shown: {type(failure).__name__})"
+
+
+def _program_traceback(error: BaseException) -> str:
+    """The traceback as Python prints it, without the frames of this file and of libraries."""
+    summary = traceback.TracebackException(type(error), error, error.__traceback__, compact=True)
+    todo: list[traceback.TracebackException | None] = [summary]
+    while todo:
+        part = todo.pop()
+        if part is None:
+            continue
+        own = [
+            frame for frame in part.stack or () if frame.filename.startswith(_OWN_FILES) and frame.filename != __file__
+        ]
+        part.stack = traceback.StackSummary.from_list(own) if own else None  # type: ignore[assignment]
+        todo += [part.__cause__, part.__context__, *(getattr(part, "exceptions", None) or ())]
+    text = "".join(summary.format()).rstrip("\n")
+    if len(text) <= _ERROR_CHARS:
+        return text
+    half = _ERROR_CHARS // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters of traceback cut ...]\n{text[-half:]}"
+
+
+def _put(path: str, data: bytes) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with open(os.open(path, flags, 0o644), "wb", buffering=0) as file:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[file.write(rest) :]
+
+
+def _get(path: str, cap: int) -> bytes:
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        if status.st_size > cap:
+            raise OSError(errno.EFBIG, f"{status.st_size} bytes; at most {cap} can be fetched")
+        return file.read(cap)
+
+
+def _receive() -> tuple[dict[str, Any], bytes]:
+    """The next request; ends the process when the manager has gone."""
+    head, body = wire.HEADER.unpack(_read(wire.HEADER.size))
+    return wire.decode_head(_read(head)), _read(body)
+
+
+def _read(size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        chunk = os.read(CONTROL, size - len(data))
+        if not chunk:
+            os._exit(0)
+        data += chunk
+    return data
+
+
+def send(head: dict[str, Any], body: bytes = b"") -> None:
+    """Answer the manager."""
+    rest = memoryview(wire.encode(head, body))
+    while rest:
+        rest = rest[os.write(CONTROL, rest) :]
+
+
+def serve(interpreter: Interpreter) -> NoReturn:
+    """Answer requests until the manager closes the socket."""
+    while True:
+        request, body = _receive()
+        reply: dict[str, Any] = {"id": request["id"]}
+        answer = b""
+        if request["op"] == "exec":
+            reply["status"], reply["error"] = interpreter.run(body, request["deadline"])
+            with contextlib.suppress(Exception):  # a stream that the program closed or replaced has nothing to flush
+                interpreter.stream.flush()
+            if os.getpid() != SESSION_PID:
+                os._exit(0)  # a process that the program forked ends with the cell
+            answer, reply["cut"] = interpreter.output.take()
+        else:
+            try:
+                if request["op"] == "put":
+                    _put(request["path"], body)
+                else:
+                    answer = _get(request["path"], request["cap"])
+            except OSError as error:
+                reply["errno"], reply["strerror"] = error.errno, error.strerror
+        send(reply, answer)
