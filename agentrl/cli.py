@@ -19,7 +19,7 @@ USAGE = """\
 agentrl: train and evaluate tool-using language models
 
   agentrl demo                    train a tiny policy from nothing on two CPU cores, and prove that it got better
-  agentrl envs                    list the environments
+  agentrl list                    list the environments and the tools
   agentrl sft ENV --policy DIR    warm-start on the environment's demonstrations; without --policy, a new tiny policy
   agentrl train ENV --policy DIR  train with group rollouts (GRPO, DAPO)
   agentrl eval ENV --policy P     pass@k with intervals; P is a Hugging Face folder or an OpenAI-compatible base URL
@@ -27,7 +27,8 @@ agentrl: train and evaluate tool-using language models
   agentrl check ENV               the conformance kit
   agentrl keys                    every configuration key with its default
 
-ENV is a registered name, file.py:Class or module:Class. Configuration: @ file.toml, then --section.key value.
+ENV is a registered name, a folder here with an ENV, file.py:Class or module:Class.
+Configuration: @ file.toml, then AGENTRL_SECTION__KEY variables, then --section.key value.
 
   --out DIR        run folder (train, sft, demo); default runs/ENV-DATE-TIME
   --resume         go on with the run in --out (train)
@@ -113,11 +114,14 @@ def _demo(words: list[str]) -> None:
     run_demo(config, arguments.out(config, "demo"))
 
 
-def _envs(words: list[str]) -> None:
+def _list(words: list[str]) -> None:
     Arguments(words, None, set())
-    for name in registry.names("envs"):
-        summary = (registry.load("envs", name).__doc__ or "").strip().splitlines()
-        print(f"{name:<16}{summary[0] if summary else ''}")
+    kinds: tuple[registry.Kind, ...] = ("envs", "tools")
+    for kind in kinds:
+        print(f"{kind}:")
+        for name in registry.names(kind):
+            summary = (registry.load(kind, name).__doc__ or "").strip().splitlines()
+            print(f"  {name:<16}{summary[0] if summary else ''}")
 
 
 def _sft(words: list[str]) -> None:
@@ -187,7 +191,7 @@ def _keys(words: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
-    "envs": _envs,
+    "list": _list,
     "sft": _sft,
     "train": _train,
     "eval": _eval,

@@ -129,14 +129,19 @@ def table(rows: Mapping[str, Evaluation], comparisons: list[Comparison] | None =
     view.add_column("policy", overflow="fold")
     for estimate in first.pass_at_k:
         view.add_column(f"pass@{estimate.k}", justify="right")
+    graded = any(reward not in (None, 0.0, 1.0) for row in rows.values() for r in row.scores.values() for reward in r)
+    if graded:  # with rewards of 0 and 1 it is pass@1
+        view.add_column(f"avg@{first.average.k}", justify="right")
     view.add_column("calls", justify="right")
     for name, row in rows.items():
         cells = [f"{e.value:.3f}\n[{e.low:.3f}, {e.high:.3f}]" + _excluded(e.excluded) for e in row.pass_at_k]
+        if graded:
+            cells.append(f"{row.average.value:.3f}\n[{row.average.low:.3f}, {row.average.high:.3f}]")
         view.add_row(name, *cells, f"{row.tool_calls:.2f}")
     if comparisons:
         view.add_section()
         cells = [f"{c.difference:+.3f}\n[{c.low:+.2f}, {c.high:+.2f}]" + _excluded(c.excluded) for c in comparisons]
-        view.add_row("difference\n(paired)", *cells, "")
+        view.add_row("difference\n(paired)", *cells)
     return view
 
 

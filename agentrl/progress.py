@@ -20,7 +20,9 @@ console = Console(soft_wrap=True)
 class Advance(Protocol):
     """Report ``steps`` more done, and what to show beside the bar."""
 
-    def __call__(self, steps: int = 1, note: str = "") -> None: ...
+    def __call__(self, steps: int = 1, note: str = "") -> None:
+        """Move the bar."""
+        ...
 
 
 @contextmanager
@@ -46,15 +48,16 @@ def progress_bar(title: str, total: int, done: int = 0) -> Iterator[Advance]:
 @contextmanager
 def _log_lines(title: str, total: int, done: int) -> Iterator[Advance]:
     began = last = time.monotonic()
-    latest = ""
+    latest, printed = "", -1
 
     def advance(steps: int = 1, note: str = "") -> None:
-        nonlocal done, last, latest
+        nonlocal done, last, latest, printed
         done += steps
         latest = note or latest
         if time.monotonic() - last >= LOG_EVERY:
-            last = time.monotonic()
+            last, printed = time.monotonic(), done
             print(f"{title}: {done}/{total}  {last - began:.0f} s  {latest}", flush=True)
 
     yield advance
-    print(f"{title}: {done}/{total}  {time.monotonic() - began:.0f} s  {latest}", flush=True)
+    if printed != done:
+        print(f"{title}: {done}/{total}  {time.monotonic() - began:.0f} s  {latest}", flush=True)

@@ -1,4 +1,4 @@
-"""Environments and tools by name: the content folders first, then entry points of installed packages.
+"""Environments and tools by name: content folders, then entry points of installed packages, then the working directory.
 
 A content module or an entry point (groups ``agentrl.envs`` and ``agentrl.tools``) names one class or function: the
 module's public attribute ``ENV`` or ``TOOL``, or the object that the entry point loads. ``module.py:Class`` or
@@ -49,6 +49,9 @@ def load(kind: Kind, name: str) -> Callable[..., Any]:
         return found  # type: ignore[no-any-return]
     for point in entry_points(group=f"agentrl.{kind}", name=name):
         return point.load()  # type: ignore[no-any-return]
+    for path in (Path(name, "__init__.py"), Path(f"{name}.py")):
+        if path.is_file():
+            return _load_path(f"{path}:{_ATTRIBUTE[kind]}")
     raise UnknownName("environment" if kind == "envs" else "tool", name, names(kind))
 
 
@@ -73,8 +76,10 @@ def _load_path(spec: str) -> Callable[..., Any]:
         path = Path(where).resolve()
         if not path.is_file():
             raise UserError(f"{where}: no such file (asked for as {spec!r}).")
-        name = "agentrl_user_" + path.stem
-        module_spec = importlib.util.spec_from_file_location(name, path)
+        package = path.stem == "__init__"
+        name = "agentrl_user_" + (path.parent.name if package else path.stem)
+        inside = [str(path.parent)] if package else None  # so that the folder's modules can be imported relatively
+        module_spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=inside)
         assert module_spec is not None
         assert module_spec.loader is not None
         module = importlib.util.module_from_spec(module_spec)

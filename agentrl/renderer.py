@@ -114,9 +114,10 @@ class Renderer:
             if not after.startswith(kept):
                 same = next(i for i, (a, b) in enumerate(zip(kept, after + "\0", strict=False)) if a != b)
                 raise TemplateError(
-                    f"the chat template rewrites earlier turns when a {role} message is added: {kept[same : same + 40]!r} "
-                    f"became {after[same : same + 40]!r}. Sampled tokens would no longer be what the learner sees. Use a "
-                    "template that leaves earlier assistant turns (their <think> part too) as they are."
+                    f"the chat template rewrites earlier turns when a {role} message is added: "
+                    f"{kept[same : same + 40]!r} became {after[same : same + 40]!r}. Sampled tokens would no longer be "
+                    "what the learner sees. Use a template that leaves earlier assistant turns (their <think> part "
+                    "too) as they are."
                 )
             self._prefixes[role] = kept
         return self._prefixes[role]

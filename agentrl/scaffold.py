@@ -22,7 +22,7 @@ from agentrl import Episode, Message, Task, ToolCall, ToolEnv, require_answer
 class {cls}(ToolEnv):
     """Count the letters of a word with the Python tool."""
 
-    tools = ("python",)  # names of `agentrl list`, or your own functions, decorated with agentrl.tool
+    tools = ("python",)  # names that `agentrl list` shows, or your own functions, decorated with agentrl.tool
     max_turns = 4  # assistant messages; the episode ends without an answer after the last one
 
     def tasks(self, split: str) -> Iterable[Task]:

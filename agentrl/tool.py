@@ -26,9 +26,10 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, overload
+from typing import Any, NotRequired, overload
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from agentrl.errors import ForkRefused, ToolInfrastructureError, ToolSchemaError
 from agentrl.types import ForkLevel, ToolCall, ToolResult
@@ -77,9 +78,7 @@ class Tool:
 
     def validate(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """``arguments`` checked and converted to the types of ``run``; raises pydantic's ``ValidationError``."""
-        model = _arguments_model(_function_of(self))
-        checked = model.model_validate(arguments)
-        return {name: getattr(checked, name) for name in checked.model_fields_set}
+        return _arguments(_function_of(self)).validate_python(arguments)
 
 
 class FunctionTool(Tool):
@@ -89,11 +88,13 @@ class FunctionTool(Tool):
         self.function = function
         self.name = name or function.__name__
         self.timeout = timeout
+        self._awaited = inspect.iscoroutinefunction(function)
         _schema(function, self.name)
+        _arguments(function)  # not in the first call: it takes milliseconds
 
     async def run(self, *args: Any, **kwargs: Any) -> str:
         """Call the function."""
-        if inspect.iscoroutinefunction(self.function):
+        if self._awaited:
             return _as_text(await self.function(*args, **kwargs))
         return _as_text(await asyncio.to_thread(self.function, *args, **kwargs))
 
@@ -184,14 +185,16 @@ def _schema(function: Callable[..., Any], name: str) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=256)
-def _arguments_model(function: Callable[..., Any]) -> type[BaseModel]:
+def _arguments(function: Callable[..., Any]) -> TypeAdapter[dict[str, Any]]:
+    """Checks a call's arguments. A typed dict, because a model's attributes would forbid names such as ``schema``."""
     hints = inspect.get_annotations(function, eval_str=True)
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name != "self":
-            default = ... if parameter.default is parameter.empty else parameter.default
-            fields[parameter.name] = (hints.get(parameter.name, Any), default)
-    return create_model("Arguments", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
+            hint = hints.get(parameter.name, Any)
+            fields[parameter.name] = hint if parameter.default is parameter.empty else NotRequired[hint]
+    closed = with_config(ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+    return TypeAdapter(closed(TypedDict("Arguments", fields)))  # type: ignore[operator]
 
 
 def _unknown(name: str, tools: Mapping[str, Tool]) -> str:

@@ -80,10 +80,8 @@ class Hermes:
 
     def write(self, message: Message) -> str:
         """Content, then one block a call."""
-        blocks = [
-            f"<tool_call>\n{json.dumps({'name': c.name, 'arguments': dict(c.arguments)}, ensure_ascii=False)}\n</tool_call>"
-            for c in message.tool_calls
-        ]
+        calls = ({"name": call.name, "arguments": dict(call.arguments)} for call in message.tool_calls)
+        blocks = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in calls]
         return "\n".join([message.content, *blocks] if message.content else blocks)
 
     @staticmethod

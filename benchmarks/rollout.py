@@ -10,8 +10,8 @@ The writer is scripted and answers at once, so all that is left is agentrl: ``Sc
    result and its message; and one trip through asyncio's event loop, because the tool suspends once, as any tool worth
    awaiting does. Not in it: sampling and rendering. The episode's deadline and the semaphore act once an episode; their
    cost is spread over its steps. The garbage collector is on, without what the imports left behind.
-3. ``asyncio alone, per step``: the same number of bare ``sleep(0)`` under ``asyncio.timeout`` in 64 tasks, the part of 2
-   that nobody can save who has deadlines.
+3. ``asyncio alone, per step``: as many bare ``sleep(0)`` under ``asyncio.timeout`` in 64 tasks, the part of 2 that
+   cannot be saved where a call has a deadline.
 
     python benchmarks/rollout.py [--rounds 7] [--json FILE] [--check]
 """
@@ -140,7 +140,7 @@ def main() -> int:
             "asyncio": lambda: collected(asyncio_alone),
         },
     )
-    step = 1e6 / (ROLLOUTS * TURNS)
+    step = 1e6 / (ROLLOUTS * (TURNS + 1))
     rows = [
         Row(f"{ROLLOUTS} rollouts, one 50 ms tool each", typical(taken["wait"]).wall / TOOL_SECONDS, "x", 1.3),
         Row("env loop, per step", typical(taken["loop"]).cpu * step, "us", 15),

@@ -141,8 +141,10 @@ async def play(env: Env, task: Task, writer: Writer, *, seed: int, deadline: flo
         error = _trace(failure)
         if timer.expired():
             outcome = Outcome.TIMEOUT
-            stuck = f"it was stuck in {progress.stage} of turn {progress.turns}"
-            error = f"{DeadlineExceeded.__name__}: task {task.id} did not finish within {deadline:g} s (rollout.deadline); {stuck}."
+            error = (
+                f"{DeadlineExceeded.__name__}: task {task.id} did not finish within {deadline:g} s (rollout.deadline); "
+                f"it was stuck in {progress.where()} of turn {progress.turns}."
+            )
     except Exception as failure:
         error = _trace(failure)
     finally:
@@ -159,9 +161,16 @@ class _Progress:
     """How far an episode got, readable after a failure."""
 
     stage: str = "reset"
+    action: Message | None = None
     turns: int = 0
     calls: int = 0
     failures: Counter[str] = field(default_factory=Counter)
+
+    def where(self) -> str:
+        """The stage, with the calls that ``env.step`` is at work on."""
+        if self.action is None:
+            return self.stage
+        return f"{self.stage} ({', '.join(c.name or 'malformed call' for c in self.action.tool_calls) or 'answer'})"
 
     def count(self, step: StepResult) -> None:
         for result in step.info.get("tool_results", ()):
@@ -170,13 +179,9 @@ class _Progress:
                 self.failures[result.error] += 1
 
     def metrics(self) -> dict[str, float]:
-        failed = self.failures or {}
-        counts = {
-            "turns": float(self.turns),
-            "tool_calls": float(self.calls),
-            "tool_failures": float(sum(failed.values())),
-        }
-        return counts | {f"tool_failures/{kind}": float(n) for kind, n in sorted(failed.items())}
+        kinds = {f"tool_failures/{kind}": float(n) for kind, n in sorted(self.failures.items())}
+        total = float(self.failures.total())
+        return {"turns": float(self.turns), "tool_calls": float(self.calls), "tool_failures": total, **kinds}
 
 
 async def _turns(env: Env, task: Task, writer: Writer, seed: int, progress: _Progress) -> tuple[Outcome, float]:
@@ -184,10 +189,10 @@ async def _turns(env: Env, task: Task, writer: Writer, seed: int, progress: _Pro
     writer.begin(opening, info.get("tools", ()))
     total = 0.0
     while True:
-        progress.stage = "sampling"
+        progress.stage, progress.action = "sampling", None
         message, reason = await writer.write()
         progress.turns += 1
-        progress.stage = f"env.step ({', '.join(c.name or 'malformed call' for c in message.tool_calls) or 'answer'})"
+        progress.stage, progress.action = "env.step", message
         cut = reason is StopReason.LENGTH
         step = await (env.truncate(message, Outcome.LENGTH) if cut else env.step(message))
         total += step.reward

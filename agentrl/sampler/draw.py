@@ -44,7 +44,7 @@ def draw(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) ->
         logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
     logp = torch.log_softmax(logits, dim=-1)
     probs = logp.exp()
-    entropies = -(probs * logp).sum(-1)
+    entropies = -(probs * logp.clamp_min(torch.finfo(logp.dtype).min)).sum(-1)  # 0 log 0 is 0
     cut = (top_p < 1) & ~greedy
     if bool(cut.any()):
         kept = torch.where(cut[:, None], _nucleus(probs, top_p), True)

@@ -2,8 +2,8 @@
 
 Requests arrive from coroutines and join the running batch at the next step. A prompt's known beginning is taken from
 the slot that holds it (an episode's next turn continues in its own slot; siblings copy the shared prompt once), so a
-group's prompt is computed once. Random numbers depend on (seed, position) only, and on the CPU in fp32 the log-probs are
-bit for bit the same whatever else is in the batch; that is checked at start-up and told in ``deterministic``.
+group's prompt is computed once. Random numbers depend on (seed, position) only, and on the CPU in fp32 the log-probs
+are bit for bit the same whatever else is in the batch; that is checked at start-up and told in ``deterministic``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import threading
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Any
@@ -19,17 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentrl.errors import SamplerError, UserError
+from agentrl.errors import SamplerError
 from agentrl.sampler.draw import draw, uniforms
 from agentrl.sampler.prefix import PrefixIndex
+from agentrl.sampler.proof import cannot_sample, check_lengths, plain_logits, prove
 from agentrl.sampler.slots import ATTENTION, MIN_ROWS, Chunk, SlotCache
 from agentrl.types import Completion, SamplingParams, StopReason, TokenEvent
 
 MAX_ROWS = 8192
 """Packed tokens of one forward pass; longer prompts are computed over several."""
-
-_STOP_WINDOW = 24
-"""Trailing tokens that are decoded to look for a stop string."""
 
 
 @dataclass(eq=False)
@@ -59,23 +58,25 @@ class HFSampler:
 
     Raises:
         UserError: the model does not give the same log-probs through the engine's attention (named), or the
-            length is above what its positions allow.
+            length is above what its positions or its attention window allow.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any = None, *, max_slots: int = 512, max_length: int = 1024, version: int = 0
     ) -> None:
-        limit = getattr(model.config, "max_position_embeddings", max_length)
-        if max_length > limit:
-            raise UserError(f"sampler.max_length is {max_length}, but {type(model).__name__} has {limit} positions.")
+        check_lengths(model, max_length)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.max_length, self.version = max_length, version
+        self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
         parameter = next(model.parameters())
-        model.set_attn_implementation("sdpa")
-        reference = self._reference_logits()
-        model.set_attn_implementation(ATTENTION)
-        self._cache = SlotCache(model.config, max_slots, max_length, parameter.dtype, parameter.device)
-        self.deterministic = self._prove(reference)
+        try:
+            model.set_attn_implementation("sdpa")
+            reference = plain_logits(model, max_length)
+            model.set_attn_implementation(ATTENTION)
+            self._cache = SlotCache(model.config, max_slots, max_length, parameter.dtype, parameter.device)
+            self.deterministic = prove(model, reference, self._forward, slots=max_slots, max_length=max_length)
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # a foreign model may fail anywhere
+            raise cannot_sample(model, error) from error
         self._index = PrefixIndex()
         self._free = list(range(max_slots))
         heapify(self._free)
@@ -85,7 +86,8 @@ class HFSampler:
         self._by_slot: dict[int, _Request] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
-        self._closed: BaseException | None = None
+        self._closed: BaseException | None = None  # set by the engine thread; why it stops
+        self._ended = False  # set under the lock; nobody reads the inbox any more
         self.prompt_tokens = self.reused_tokens = self.generated_tokens = 0
         self._thread = threading.Thread(target=self._loop, name="agentrl-sampler", daemon=True)
         self._thread.start()
@@ -132,9 +134,12 @@ class HFSampler:
             try:
                 self._load(source, version)
             except SamplerError as error:
-                loop.call_soon_threadsafe(_reject, done, error)
+                _tell(loop, _reject, done, error)
+            except BaseException as error:  # half of the weights may be in: nothing can be sampled any more
+                self._closed = error
+                _tell(loop, _reject, done, self._failure())
             else:
-                loop.call_soon_threadsafe(_resolve, done, None)
+                _tell(loop, _resolve, done, None)
 
         self._submit(apply)
         await done
@@ -150,7 +155,13 @@ class HFSampler:
                 f"a prompt of {len(token_ids)} tokens cannot be continued: expected 1 to {self.max_length - 1} "
                 "(sampler.max_length - 1)."
             )
-        if params.max_tokens < 1 or not 0 < params.top_p <= 1 or params.temperature < 0:
+        if not 0 <= min(token_ids) <= max(token_ids) < self._vocabulary:
+            wrong = next(token for token in token_ids if not 0 <= token < self._vocabulary)
+            raise SamplerError(
+                f"token id {wrong} in the prompt: expected 0 to {self._vocabulary - 1}, the rows of the model. Its "
+                "tokenizer belongs to another model."
+            )
+        if params.max_tokens < 1 or not 0 < params.top_p <= 1 or not params.temperature >= 0:
             raise SamplerError(f"expected max_tokens >= 1, 0 < top_p <= 1 and temperature >= 0, got {params}.")
         if params.stop_strings and self.tokenizer is None:
             raise SamplerError("stop_strings need a tokenizer: pass one to HFSampler.")
@@ -158,9 +169,17 @@ class HFSampler:
         return _Request(list(token_ids), params, loop, loop.create_future(), prompt_length=len(token_ids))
 
     def _submit(self, action: Callable[[], None]) -> None:
-        if self._closed is not None:
-            raise SamplerError(f"the sampler is closed: {self._closed}") from self._closed
-        self._post(action)
+        with self._wake:
+            if self._ended:
+                raise self._failure()
+            self._inbox.append(action)
+            self._wake.notify()
+
+    def _failure(self) -> SamplerError:
+        why = self._closed if isinstance(self._closed, SamplerError) else repr(self._closed)
+        failure = SamplerError(f"the sampler is closed: {why}")
+        failure.__cause__ = self._closed
+        return failure
 
     def _post(self, action: Callable[[], None]) -> None:
         with self._wake:
@@ -185,9 +204,13 @@ class HFSampler:
                         self._step()
         except BaseException as error:
             self._closed = error
-        failure = SamplerError(f"the sampler stopped: {self._closed}")
+        with self._wake:
+            self._ended = True
+            late = list(self._inbox)
+        for action in late:
+            action()
         for request in (*self._running, *self._waiting):
-            request.loop.call_soon_threadsafe(_reject, request.done, failure)
+            _tell(request.loop, _reject, request.done, self._failure())
 
     def _stop(self) -> None:
         self._closed = SamplerError("close() was called")
@@ -328,8 +351,9 @@ class HFSampler:
         if request.tokens[-1] in params.stop_ids:
             return StopReason.STOP
         if params.stop_strings:
-            recent = request.tokens[-min(generated, _STOP_WINDOW) :]
-            text = self.tokenizer.decode(recent, skip_special_tokens=False)
+            window = max(len(stop.encode()) for stop in params.stop_strings)  # a token is a byte or more
+            recent = request.tokens[-min(generated, window) :]
+            text = self.tokenizer.decode(recent, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             if any(stop in text for stop in params.stop_strings):
                 return StopReason.STOP
         if generated >= params.max_tokens or len(request.tokens) >= self.max_length:
@@ -345,17 +369,19 @@ class HFSampler:
                 self._running.remove(request)
                 self._release(request)
         for loop, items in by_loop.items():
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_publish, items)
+            _tell(loop, _publish, items)
 
     def _load(self, source: Mapping[str, Tensor], version: int) -> None:
+        if self._closed is not None:
+            raise self._failure()
         own = dict(self.model.named_parameters())
         if own.keys() != source.keys():
             missing, unknown = sorted(own.keys() - source.keys()), sorted(source.keys() - own.keys())
             raise SamplerError(f"the weights do not fit: missing {missing[:3]}, unknown {unknown[:3]}.")
         for name, parameter in own.items():
-            if parameter.shape != source[name].shape:
-                raise SamplerError(f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(source[name].shape)}.")
+            found = tuple(source[name].shape) if isinstance(source[name], Tensor) else type(source[name]).__name__
+            if found != tuple(parameter.shape):
+                raise SamplerError(f"{name}: expected a tensor of shape {tuple(parameter.shape)}, got {found}.")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(source[name])
@@ -366,39 +392,6 @@ class HFSampler:
         self._idle.clear()
         for request in self._running:
             request.computed = 0
-
-    # -- the start-up proof --------------------------------------------------------------------------------------
-
-    def _probe_ids(self) -> list[int]:
-        return [(7 * i + 3) % self.model.config.vocab_size for i in range(min(24, self.max_length - 1))]
-
-    @torch.inference_mode()
-    def _reference_logits(self) -> Tensor:
-        ids = torch.tensor([self._probe_ids()], device=next(self.model.parameters()).device)
-        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0, -1].float()
-        return logits
-
-    def _prove(self, reference: Tensor) -> bool:
-        """Whether a prompt computed alone and the same prompt computed piecewise beside others agree bit for bit."""
-        ids = self._probe_ids()
-        alone = self._forward([Chunk(0, 0, ids)])[0]
-        for begin in range(0, len(ids) - 1, 5):
-            others = [Chunk(1, 0, ids[::-1]), Chunk(2, 0, ids[: begin + 1])]
-            mixed = self._forward([*others, Chunk(3, begin, ids[begin : begin + 5])])[2]
-        together = (
-            [self._forward([Chunk(s, 0, ids) for s in range(4, 4 + 3 * n)]) for n in (1, 9)]
-            if self._cache.spare > 40
-            else []
-        )
-        tolerance = (
-            1e-3 if alone.dtype == reference.dtype and next(self.model.parameters()).dtype == torch.float32 else 0.2
-        )
-        if not torch.allclose(alone, reference, atol=tolerance * float(reference.abs().max() + 1)):
-            raise UserError(
-                f"{type(self.model).__name__} cannot be sampled by the embedded engine: its logits through our attention "
-                f"differ from its own by {float((alone - reference).abs().max()):.3g}. Use a Llama- or Qwen-like model."
-            )
-        return torch.equal(alone, mixed) and all(torch.equal(alone, row) for batch in together for row in batch)
 
 
 def _publish(items: list[tuple[_Request, TokenEvent]]) -> None:
@@ -422,3 +415,9 @@ def _resolve(future: asyncio.Future[Any], value: Any) -> None:
 def _reject(future: asyncio.Future[Any], error: BaseException) -> None:
     if not future.done():
         future.set_exception(error)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *arguments: Any) -> None:
+    """Call ``callback`` in ``loop``; where that has ended, nobody waits for it any more."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(callback, *arguments)

@@ -108,7 +108,7 @@ class SlotCache:
         last = [start + len(chunk.token_ids) - 1 for start, chunk in zip(starts, chunks, strict=True)]
         short = max(0, MIN_ROWS - len(tokens))
         tokens += [0] * short
-        positions += range(short)
+        positions += [0] * short
         slots += [self.spare] * short
         return Plan(
             torch.tensor([tokens], device=device),

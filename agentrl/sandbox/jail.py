@@ -126,7 +126,7 @@ def diagnose() -> list[str]:
             try:
                 kernel.unshare(kernel.CLONE_NEWUSER | flag)
             except OSError as error:
-                os._exit(min(error.errno, 255))
+                os._exit(error.errno or 255)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code:

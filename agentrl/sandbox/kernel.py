@@ -62,7 +62,7 @@ def set_pid_namespace(descriptor: int) -> None:
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
-    """mount(2)."""
+    """Mount a file system of this ``kind`` at ``target``."""
     result = _libc.mount(
         source.encode(),
         os.fsencode(target),
@@ -101,7 +101,7 @@ def enter_root(path: str) -> None:
 
 
 def prctl(option: int, value: int = 0) -> None:
-    """prctl(2) with one argument."""
+    """Set one attribute of this process."""
     _checked(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl({option})")
 
 
@@ -148,13 +148,13 @@ class Alarm:
         _syscall("timer_create", CLOCK_MONOTONIC, self._event, self._identity_pointer)
 
     def start(self, seconds: float) -> None:
-        """Ring after ``seconds``."""
+        """Ring after ``seconds``. Does nothing in a process that has no such timer, a fork of the one that had it."""
         self._spec[2], self._spec[3] = _split(seconds)
-        _syscall("timer_settime", self._identity, 0, self._spec, None)
+        _libc.syscall(_NR["timer_settime"], self._identity, 0, self._spec, None)
 
     def stop(self) -> None:
         """Do not ring any more."""
-        _syscall("timer_settime", self._identity, 0, self._off, None)
+        _libc.syscall(_NR["timer_settime"], self._identity, 0, self._off, None)
 
 
 def _split(seconds: float) -> tuple[int, int]:

@@ -133,7 +133,7 @@ def _spawn(packages: list[str], preload: Iterable[str]) -> tuple[socket.socket, 
     environment = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}
     if "LD_LIBRARY_PATH" in os.environ:
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]  # some interpreters do not start without
-    log = tempfile.TemporaryFile()
+    log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by stop()
     try:
         process = subprocess.Popen(
             [*clean, library, json.dumps(config), PROCESS_NAME],
@@ -170,10 +170,10 @@ def _locate(packages: Sequence[str]) -> list[str]:
 async def _exited(pid: int) -> None:
     loop = asyncio.get_running_loop()
     descriptor = os.pidfd_open(pid)
-    gone = loop.create_future()
-    loop.add_reader(descriptor, lambda: gone.done() or gone.set_result(None))
+    gone = asyncio.Event()
+    loop.add_reader(descriptor, gone.set)
     try:
-        await gone
+        await gone.wait()
     finally:
         loop.remove_reader(descriptor)
         os.close(descriptor)

@@ -130,7 +130,9 @@ class LocalSandbox:
             try:
                 with theirs:
                     zygote.open(theirs, {"seed": seed, "limits": asdict(limits)})
-                session = LocalSession(channel, limits, lambda: None if zygote.alive else "the zygote died")
+                session = LocalSession(
+                    channel, limits, lambda: None if zygote.alive else "the sandbox's zygote is gone"
+                )
                 async with asyncio.timeout(_OPEN_SECONDS):
                     await session.ready()
             except TimeoutError as error:

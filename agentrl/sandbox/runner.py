@@ -8,6 +8,7 @@ Runs inside the zygote, so it imports nothing but the standard library and its n
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # the bare functions: signal's own build enums with every call
 import ast
 import builtins
 import contextlib
@@ -85,22 +86,26 @@ class Output(io.BufferedIOBase):
         return kept, cut
 
 
+Load = Callable[[ModuleType], None]
+"""``exec_module`` of a loader."""
+
+
 class NumpyHook:
     """Makes numpy fit for a session when the program imports it: one thread, and its global generator seeded."""
 
     def __init__(self, seed: int) -> None:
-        self._hooks = {"numpy": _with_one_thread, "numpy.random": lambda load: _seeding(load, seed)}
+        self._hooks: dict[str, Callable[[Load], Load]] = {
+            "numpy": _with_one_thread,
+            "numpy.random": lambda load: _seeding(load, seed),
+        }
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Numpy's ordinary spec with a wrapped loader; None for every other module."""
         hook = self._hooks.pop(name, None)
         spec = PathFinder.find_spec(name, path, target) if hook else None
         if hook and spec and spec.loader:
-            spec.loader.exec_module = hook(spec.loader.exec_module)  # type: ignore[method-assign]
+            setattr(spec.loader, "exec_module", hook(spec.loader.exec_module))  # noqa: B010 -- a method, replaced
         return spec
-
-
-Load = Callable[[ModuleType], None]
 
 
 def _with_one_thread(load: Load) -> Load:
@@ -131,6 +136,7 @@ class Interpreter:
         self.output = Output(output_cap)
         self.armed = False
         self.due = 0.0
+        self.interrupts = 0
         self.alarm = Alarm(signal.SIGINT, _AGAIN_SECONDS)
         self._open_stream()
         self._reset()
@@ -173,7 +179,9 @@ class Interpreter:
         self.cells += 1
         if self.stream.closed:
             self._open_stream()
-        signal.signal(signal.SIGINT, self._interrupt)  # the last cell may have taken it
+        if _signal.getsignal(signal.SIGINT) != self._interrupt:  # the last cell has taken it
+            _signal.signal(signal.SIGINT, self._interrupt)
+        self.interrupts = 0
         self.due = time.monotonic() + deadline
         try:
             try:
@@ -191,27 +199,33 @@ class Interpreter:
 
     def _open_stream(self) -> None:
         self.stream = io.TextIOWrapper(self.output, encoding="utf-8", errors="backslashreplace")  # type: ignore[type-var]
-        sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = self.stream  # type: ignore[misc]
+        sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = self.stream  # type: ignore[misc, assignment]
 
     def _evaluate(self, source: str, name: str) -> None:
-        tree = compile(source, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
+        tree: ast.Module = compile(source, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)  # type: ignore[assignment]
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
         names = self.module.__dict__
         if tree.body:
             exec(compile(tree, name, "exec", dont_inherit=True), names)
-        if last is not None:
+        if isinstance(last, ast.Expr):
             value = eval(compile(ast.Expression(last.value), name, "eval", dont_inherit=True), names)
             if value is not None:
                 print(repr(value))
 
-    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
-        if self.armed:
-            raise KeyboardInterrupt
+    def _interrupt(self, _number: int, frame: FrameType | None) -> None:
+        if not self.armed:
+            return
+        self.interrupts += 1
+        if self.interrupts > 1:
+            _raise_on_next_line(frame)
+        raise KeyboardInterrupt
 
     def _disarm(self) -> None:
         self.armed = False
         self.alarm.stop()
+        if self.interrupts > 1:
+            sys.settrace(None)
 
     def _describe(self, error: BaseException, deadline: float) -> Outcome:
         """Status and traceback of a failed cell. Runs the program's ``__str__``, so it is interruptible too."""
@@ -227,6 +241,24 @@ class Interpreter:
             raise
         except BaseException as failure:
             return status, f"{type(error).__name__}: (its traceback cannot be shown: {type(failure).__name__})"
+
+
+def _raise_on_next_line(frame: FrameType | None) -> None:
+    """Interrupt the program once more, at the line it goes to from here: into the handler that caught the last one."""
+
+    def strike(_frame: FrameType, _event: str, _argument: object) -> None:
+        raise KeyboardInterrupt
+
+    sys.settrace(lambda *_: None)  # tracing has to be on for the frames' own functions to be called
+    while frame is not None:
+        if _is_own(frame.f_code.co_filename):
+            frame.f_trace = strike
+        frame = frame.f_back
+
+
+def _is_own(filename: str) -> bool:
+    """Whether a frame of this file is the program's."""
+    return filename.startswith(_OWN_FILES) and filename != __file__
 
 
 def _program_traceback(error: BaseException) -> str:

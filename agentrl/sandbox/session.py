@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agentrl.errors import IsolationUnavailable, SandboxError, UserError
-from agentrl.sandbox import wire
+from agentrl.sandbox import probe, wire
 from agentrl.sandbox.base import (
     CODE_BYTES,
     FILE_BYTES,
@@ -101,7 +101,7 @@ class Channel:
         start = wire.HEADER.size
         if len(self._buffer) < start:
             return None
-        head, body = wire.frame_length(self._buffer[:start], max_body)
+        head, body = wire.frame_length(bytes(self._buffer[:start]), max_body)
         end = start + head + body
         if len(self._buffer) < end:
             return None
@@ -110,11 +110,11 @@ class Channel:
         return frame
 
     async def _wait(self, add: Callable[..., Any], remove: Callable[[int], Any]) -> None:
-        ready = self._loop.create_future()
+        ready = asyncio.Event()
         descriptor = self._socket.fileno()
-        add(descriptor, lambda: ready.done() or ready.set_result(None))
+        add(descriptor, ready.set)
         try:
-            await ready
+            await ready.wait()
         finally:
             remove(descriptor)
 
@@ -135,14 +135,14 @@ class LocalSession:
         """Wait until the walls stand.
 
         Raises:
-            IsolationUnavailable: a mechanism was refused to this session.
+            IsolationUnavailable: a mechanism was refused, and no session of this process ever had it.
             SandboxError: the process did not come up.
         """
         try:
             head, _ = await self._channel.receive(0)
         except (EOFError, wire.ProtocolError) as error:
             raise SandboxError(f"a session did not start: {self._backend_failed() or repr(error)}") from error
-        if "fatal" in head:
+        if "fatal" in head and not probe.passed():
             raise IsolationUnavailable([str(head["fatal"])])
         if head.get("ready") is not True:
             raise SandboxError(f"a session did not start; it sent {str(head)[:200]}.")
@@ -239,6 +239,8 @@ class LocalSession:
                 if late is None:
                     raise
                 head, content = late
+            if self._closed:
+                raise EOFError
             if "exit" in head:
                 raise Ended(self._how_it_ended(head))
             if head.get("id") != self._number:
@@ -271,8 +273,6 @@ class LocalSession:
         code, cpu = head["exit"], head.get("cpu")
         if isinstance(cpu, float | int) and cpu >= self._limits.cpu_seconds:
             return f"used up its {self._limits.cpu_seconds} s of CPU time"
-        if self._closed:
-            return "was closed meanwhile"
         if not isinstance(code, int) or code >= 0:
             return f"ended with exit status {str(code)[:20]}"
         name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"

@@ -14,7 +14,7 @@ Runs on its own, so it imports nothing but the standard library and its neighbou
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]
 import builtins
 import contextlib
 import gc
@@ -114,18 +114,18 @@ def _tell(link: socket.SocketType, head: dict[str, Any]) -> None:
 def _become_session(request: dict[str, Any], link: int, zygote: Zygote) -> NoReturn:
     """The rest of a session's life; never returns into the zygote's loop."""
     try:
-        signal.set_wakeup_fd(-1)
-        _signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.dup2(link, runner.CONTROL)
         kernel.close_from(runner.CONTROL + 1)
+        signal.set_wakeup_fd(-1)
+        _signal.signal(signal.SIGCHLD, _signal.SIG_DFL)
         jail.confine(request["limits"], zygote.filter)
         printed = os.open("/tmp", os.O_TMPFILE | os.O_RDWR | os.O_APPEND)
         os.dup2(printed, 1)
         os.dup2(printed, 2)
         os.close(printed)
         zygote.interpreter.adopt(request["seed"])
-    except (jail.Missing, OSError) as error:
-        runner.send({"fatal": str(error)})
+    except BaseException as error:
+        runner.send({"fatal": str(error) if isinstance(error, jail.Missing) else repr(error)})
         os._exit(1)
     try:
         runner.send({"ready": True})
@@ -144,7 +144,7 @@ def _prepare(config: dict[str, Any]) -> runner.Interpreter:
         importlib.import_module(name)
     os.environ.clear()
     sys.argv[:] = [""]
-    builtins.exit = builtins.quit = sys.exit  # what the site module would have put there
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # what the site module would have put there
     for name in [name for name in sys.modules if name.partition(".")[0] == "agentrl"]:
         del sys.modules[name]
     interpreter = runner.Interpreter(config["output_bytes"])

@@ -1,0 +1,97 @@
+"""The start-up proof: can the embedded engine sample from this model, and are its bits the same in every batch?
+
+The engine replaces a model's attention. A model whose attention does more than causal softmax (a window, sinks, another
+position code) would produce plausible nonsense, so the engine's logits are compared with the model's own first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agentrl.errors import UserError
+from agentrl.sampler.slots import Chunk
+
+PROBE = 24
+"""Tokens of the prompt that is tried."""
+
+Forward = Callable[[list[Chunk]], Tensor]
+
+
+def check_lengths(model: Any, max_length: int) -> None:
+    """Refuse a length that the model's positions or its attention window do not allow.
+
+    Raises:
+        UserError: naming the limit.
+    """
+    name = type(model).__name__
+    positions = getattr(model.config, "max_position_embeddings", max_length)
+    if max_length > positions:
+        raise UserError(f"sampler.max_length is {max_length}, but {name} has {positions} positions.")
+    window = _attention_window(model.config)
+    if window is not None and max_length > window:
+        raise UserError(
+            f"sampler.max_length is {max_length}, but {name} attends only to the last {window} tokens, which the "
+            f"embedded engine does not do; set it to {window} or less."
+        )
+
+
+def cannot_sample(model: Any, why: object) -> UserError:
+    """The refusal of ``model``."""
+    return UserError(
+        f"{type(model).__name__} cannot be sampled by the embedded engine, which knows models with ordinary causal "
+        f"attention such as Llama, Mistral and Qwen: {why}"
+    )
+
+
+@torch.inference_mode()
+def plain_logits(model: Any, max_length: int) -> Tensor:
+    """[V] logits after the probe, fp32, through whatever attention the model is set to."""
+    ids = torch.tensor([_probe(model, max_length)], device=next(model.parameters()).device)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+    return logits
+
+
+def prove(model: Any, reference: Tensor, forward: Forward, *, slots: int, max_length: int) -> bool:
+    """Whether the probe has the same logits, bit for bit, alone, piecewise beside another prompt, and in many slots.
+
+    Args:
+        model: set to the engine's attention.
+        reference: ``plain_logits`` of the model's own attention.
+        forward: the engine's forward pass: chunks to logits, a row each.
+        slots: slots there are, at least 1; their content is overwritten.
+        max_length: tokens of a slot.
+
+    Raises:
+        UserError: they are not even nearly ``reference``.
+    """
+    ids = _probe(model, max_length)
+    found = [forward([Chunk(0, 0, ids)])[0]]
+    for begin, end in pairwise([*range(0, len(ids) - 1, 5), len(ids) - 1, len(ids)]):
+        piecewise = forward([Chunk(1, 0, ids[::-1][begin:]), Chunk(0, begin, ids[begin:end])])[1]
+    found.append(piecewise)
+    for count in (3, 27):
+        found.extend(forward([Chunk(slot, 0, ids) for slot in range(min(count, slots))]))
+    single = next(model.parameters()).dtype == torch.float32
+    tolerance = (1e-3 if single else 0.2) * float(reference.abs().max() + 1)
+    apart = max(float((logits - reference).abs().max()) for logits in found)
+    if not apart <= tolerance:
+        raise cannot_sample(
+            model, f"its logits there differ from its own by {apart:.3g}, expected at most {tolerance:.3g}."
+        )
+    return all(torch.equal(found[0], logits) for logits in found)
+
+
+def _probe(model: Any, max_length: int) -> Sequence[int]:
+    return [(7 * i + 3) % model.config.vocab_size for i in range(min(PROBE, max_length - 1))]
+
+
+def _attention_window(config: Any) -> int | None:
+    """Tokens that the narrowest layer attends to; None where all layers see everything."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if any(kind != "full_attention" for kind in kinds) else None
