@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from agentrl.types import Leaf, RolloutTree, StopReason
+from agentrl.types import Leaf, Outcome, RolloutTree
 
 ATTENTION = "agentrl_tree"
 
@@ -81,13 +81,12 @@ def flatten(tree: RolloutTree, leaf: Leaf, advantage: float = 0.0) -> Trajectory
     ids: list[int] = []
     policy: list[bool] = []
     logprobs: list[float] = []
-    nodes = tree.path(leaf)
-    for node in nodes:
+    for node in tree.path(leaf):
         own = node.author == "policy"
         ids.extend(node.token_ids)
         policy.extend([own] * len(node.token_ids))
         logprobs.extend(node.logprobs if own else [0.0] * len(node.token_ids))
-    truncated = nodes[-1].stop_reason is StopReason.LENGTH
+    truncated = leaf.outcome is Outcome.LENGTH
     return Trajectory(tuple(ids), tuple(policy), tuple(logprobs), advantage, truncated)
 
 

@@ -246,8 +246,10 @@ class Interpreter:
 def _raise_on_next_line(frame: FrameType | None) -> None:
     """Interrupt the program once more, at the line it goes to from here: into the handler that caught the last one."""
 
-    def strike(_frame: FrameType, _event: str, _argument: object) -> None:
-        raise KeyboardInterrupt
+    def strike(_frame: FrameType, event: str, _argument: object) -> Any:
+        if event == "line":
+            raise KeyboardInterrupt
+        return strike
 
     sys.settrace(lambda *_: None)  # tracing has to be on for the frames' own functions to be called
     while frame is not None:
