@@ -5,6 +5,7 @@ Errors are printed without a traceback: exit status 2 for what the user can mend
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -44,6 +45,8 @@ OPTIONS = {"policy", "out", "resume", "dry_run", "compare", "json", "short"}
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the ``agentrl`` command."""
+    # OpenMP's threads spin while they wait; beside a busy process one training step then takes seconds, not tenths.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)

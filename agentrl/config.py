@@ -5,14 +5,22 @@ Every key is here, with its unit and its default. Unknown keys are refused with 
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
 from agentrl.errors import ConfigError, UnknownName
 
@@ -22,7 +30,7 @@ Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum",
 class Section(BaseModel):
     """A group of keys; immutable, and closed to unknown names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class AlgorithmConfig(Section):
@@ -127,7 +135,7 @@ class EvalConfig(Section):
     split: Literal["train", "test"] = Field("test", description="which tasks")
     tasks: int = Field(100, ge=1, description="number of tasks, taken in order")
     samples: int = Field(8, ge=1, description="trajectories per task")
-    k: tuple[int, ...] = Field((1, 2, 4, 8), description="values of k in pass@k")
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4, 8), min_length=1, description="values of k in pass@k")
     threshold: float = Field(1.0, description="reward from which a trajectory counts as solved")
 
 
@@ -165,7 +173,7 @@ def load_config(file: str | None = None, overrides: Mapping[str, Any] | None = N
         UnknownName: an unknown key or algorithm, with the nearest valid name.
     """
     tree: dict[str, Any] = _read_toml(file) if file else {}
-    for key, value in _leaves(EnvSettingsSource(_Sources)()):
+    for key, value in _leaves(_read_environment()):
         _put(tree, key, value)
     for key, value in (overrides or {}).items():
         _put(tree, key, value)
@@ -173,17 +181,23 @@ def load_config(file: str | None = None, overrides: Mapping[str, Any] | None = N
         if key not in known_keys():
             raise UnknownName("configuration key", key, known_keys())
     algorithm = tree.get("algorithm", {})
-    name = algorithm.get("name", "dapo")
+    name = str(algorithm.get("name", "dapo"))
     if name not in PRESETS:
-        raise UnknownName("algorithm", str(name), PRESETS)
+        raise UnknownName("algorithm", name, PRESETS)
     tree["algorithm"] = PRESETS[name] | algorithm
     try:
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
         lines = (
             f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors(include_url=False)
         )
         raise ConfigError("invalid configuration: " + "; ".join(lines)) from error
+    if config.algorithm.overlong_buffer > config.rollout.max_tokens:
+        raise ConfigError(
+            f"algorithm.overlong_buffer is {config.algorithm.overlong_buffer}: expected at most rollout.max_tokens, "
+            f"which is {config.rollout.max_tokens}."
+        )
+    return config
 
 
 def parse_flags(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
@@ -247,8 +261,20 @@ def _read_toml(file: str) -> dict[str, Any]:
         return TomlConfigSettingsSource(_Sources, toml_file=Path(file))()
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {file}: {error.strerror}.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}.") from error
+
+
+def _read_environment() -> dict[str, Any]:
+    """What the ``AGENTRL_*`` variables say; those without ``__`` that are no key of the top level are not ours."""
+    known = ["AGENTRL_" + key.upper().replace(".", "__") for key in known_keys()]
+    for name in map(str.upper, os.environ):
+        if name.startswith("AGENTRL_") and "__" in name and not name.startswith(("AGENTRL_ENV_OPTIONS__", *known)):
+            raise UnknownName("environment variable", name, known)
+    try:
+        return EnvSettingsSource(_Sources)()
+    except SettingsError as error:
+        raise ConfigError(f"{error}: expected JSON, as in AGENTRL_EVAL__K='[1, 2]', got {error.__cause__}.") from error
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -257,7 +283,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"{key}: {part!r} is a value, not a section.")
-    tree[last] = value
+    tree[last] = copy.deepcopy(value)
 
 
 def _value(text: str) -> Any:

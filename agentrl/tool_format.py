@@ -14,10 +14,13 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from agentrl.errors import ToolSchemaError, UnknownName
+from agentrl.errors import ToolSchemaError, UnknownName, UserError
 from agentrl.types import Message, ToolCall
 
 Schemas = Sequence[dict[str, Any]]
+
+MAX_DEPTH = 64
+"""Nesting that a call's arguments may have."""
 
 
 class ToolFormat(Protocol):
@@ -39,8 +42,8 @@ class ToolFormat(Protocol):
         """Text outside calls, and the calls; one that cannot be read carries its error."""
         ...
 
-    def write(self, message: Message) -> str:
-        """The inverse of ``parse``, for demonstrations."""
+    def write(self, message: Message, end: str) -> str:
+        """The inverse of ``parse``, for demonstrations; ``end`` is the text of the token that ends a turn."""
         ...
 
 
@@ -78,11 +81,11 @@ class Hermes:
         calls = [self._read(match.group(0), match.group(1)) for match in self._block.finditer(text)]
         return self._block.sub("", text).strip(), calls
 
-    def write(self, message: Message) -> str:
-        """Content, then one block a call."""
+    def write(self, message: Message, end: str) -> str:
+        """Content, then one block a call, then the end of the turn."""
         calls = ({"name": call.name, "arguments": dict(call.arguments)} for call in message.tool_calls)
         blocks = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in calls]
-        return "\n".join([message.content, *blocks] if message.content else blocks)
+        return "\n".join([message.content, *blocks] if message.content else blocks) + end
 
     @staticmethod
     def _read(block: str, body: str) -> ToolCall:
@@ -90,11 +93,9 @@ class Hermes:
         if not block.endswith("</tool_call>"):
             return ToolCall("", "", error=f"The tool call has no closing </tool_call>. {wanted}.")
         try:
-            data = json.loads(body)
-        except json.JSONDecodeError as error:
+            data = read_json(body)
+        except ValueError as error:
             return ToolCall("", "", error=f"The tool call is not valid JSON: {error}. {wanted}.")
-        except RecursionError:
-            return ToolCall("", "", error=f"The tool call is nested too deeply. {wanted}.")
         if not isinstance(data, dict) or not isinstance(data.get("name"), str):
             return ToolCall("", "", error=f"The tool call has no name. {wanted}.")
         arguments = data.get("arguments", {})
@@ -129,29 +130,62 @@ class Tags:
 
     def stop_strings(self, tools: Schemas) -> tuple[str, ...]:
         """Every tool's closing tag."""
-        return tuple(f"</{schema['function']['name']}>" for schema in tools)
+        return tuple(f"</{name}>" for name in _names(tools))
 
     def parse(self, text: str, tools: Schemas) -> tuple[str, list[ToolCall]]:
         """The first tool tag, if there is one; tokens after its closing tag (at most one token) are ignored."""
-        for schema in tools:
-            name = schema["function"]["name"]
-            opened = text.find(f"<{name}>")
-            if opened < 0:
-                continue
-            body, closed, _ = text[opened + len(name) + 2 :].partition(f"</{name}>")
-            content = text[:opened].strip()
-            if not closed:
-                return content, [ToolCall("", name, error=f"<{name}> has no closing </{name}>.")]
-            return content, [ToolCall("", name, {_first_parameter(schema): body.strip()})]
-        return text.strip(), []
+        opened = {name: at for name in _names(tools) if (at := text.find(f"<{name}>")) >= 0}
+        if not opened:
+            return text.strip(), []
+        name = min(opened, key=opened.__getitem__)
+        content = text[: opened[name]].strip()
+        body, closed, _ = text[opened[name] + len(name) + 2 :].partition(f"</{name}>")
+        if not closed:
+            return content, [ToolCall("", name, error=f"<{name}> has no closing </{name}>.")]
+        return content, [ToolCall("", name, {_first_parameter(_names(tools)[name]): body.strip()})]
 
-    def write(self, message: Message) -> str:
-        """Content, then the call's tag."""
-        parts = [message.content] if message.content else []
-        for call in message.tool_calls:
-            value = next(iter(call.arguments.values()), "")
-            parts.append(f"<{call.name}>{value}</{call.name}>")
-        return "\n".join(parts)
+    def write(self, message: Message, end: str) -> str:
+        """Content, then the call's tag; the turn stays open for the result and ends only with an answer.
+
+        Raises:
+            UserError: several calls in one message, which tags cannot express.
+        """
+        if not message.tool_calls:
+            return message.content + end
+        if len(message.tool_calls) > 1:
+            raise UserError(
+                f"tool_format 'tags' allows one call a turn, got {len(message.tool_calls)} in one demonstration. Use "
+                "'hermes', or let the expert make one call after the other."
+            )
+        (call,) = message.tool_calls
+        tag = f"<{call.name}>{next(iter(call.arguments.values()), '')}</{call.name}>"
+        return f"{message.content}\n{tag}" if message.content else tag
+
+
+def read_json(text: str) -> Any:
+    """``text`` as JSON that can be written down again.
+
+    Raises:
+        ValueError: saying what is wrong; besides malformed text, what Python reads though it is no JSON (NaN, numbers
+            beyond a float, half a surrogate pair), and nesting deeper than ``MAX_DEPTH``.
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        if _depth(value) <= MAX_DEPTH:
+            return value
+    except RecursionError:
+        pass
+    raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+
+
+def _depth(value: Any) -> int:
+    inner = list(value.values()) if isinstance(value, dict) else value
+    return 1 + max(map(_depth, inner), default=0) if isinstance(inner, list) else 0
+
+
+def _names(tools: Schemas) -> dict[str, dict[str, Any]]:
+    return {schema["function"]["name"]: schema for schema in tools}
 
 
 def _first_parameter(schema: dict[str, Any]) -> str:

@@ -75,14 +75,12 @@ def measure(work: Callable[[], object]) -> Seconds:
 
 
 def interleave(rounds: int, contestants: Mapping[str, Callable[[], Seconds]]) -> dict[str, list[Seconds]]:
-    """Let the contestants take turns, after one round each to warm up.
+    """Let the contestants, who have warmed up, take turns.
 
     Args:
         rounds: measurements per contestant.
         contestants: each runs its work and says what it took.
     """
-    for contestant in contestants.values():
-        contestant()
     taken: dict[str, list[Seconds]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, contestant in contestants.items():
@@ -101,12 +99,18 @@ def ratio(ours: Sequence[Seconds], theirs: Sequence[Seconds]) -> Seconds:
     return Seconds(median(a.cpu / b.cpu for a, b in pairs), median(a.wall / b.wall for a, b in pairs))
 
 
-def parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes; ``description`` is its module docstring."""
+def parser(description: str | None, *, rounds: int | None) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes.
+
+    Args:
+        description: the module's docstring.
+        rounds: default measurements of each contestant; None where nothing is repeated.
+    """
     words = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     words.add_argument("--check", action="store_true", help="exit with status 1 where a target is missed")
-    words.add_argument("--rounds", type=int, default=rounds, help=f"measurements of each contestant ({rounds})")
+    if rounds is not None:
+        words.add_argument("--rounds", type=int, default=rounds, help=f"measurements of each contestant ({rounds})")
     return words
 
 
@@ -120,11 +124,13 @@ def report(title: str, rows: Sequence[Row], options: argparse.Namespace, notes: 
         bound = "" if row.target is None else f"{'<=' if row.better == 'lower' else '>='} {row.target:g} {row.unit}"
         table.add_row(escape(row.name), f"{row.value:.4g} {row.unit}", bound, verdicts[row.ok])
     console = Console()
+    console.width = max(console.width, 110)  # a log file has 80 columns, which would break names
     console.print(table)
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-    console.print(f"{os.cpu_count()} cores, load {load}; medians of {options.rounds} rounds", highlight=False)
+    medians = f"; medians of {options.rounds} rounds" if "rounds" in options else ""
+    console.print(f"{os.cpu_count()} cores, load {load}{medians}", highlight=False)
     if options.json is not None:
         options.json.write_text(json.dumps([row.to_json() for row in rows], indent=2) + "\n")
     return int(options.check and any(row.ok is False for row in rows))

@@ -129,7 +129,7 @@ def main() -> int:
         gc.collect()
         return measure(lambda: work(*arguments))
 
-    play("look_up", 1)  # imports, and the schema of the tools
+    play("look_up", 1)  # warms up: imports, and the schema of the tools
     gc.collect()
     gc.freeze()
     taken = interleave(

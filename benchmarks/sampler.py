@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import sys
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -30,9 +31,9 @@ SEQUENCES, GROUP, NEW = 64, 8, 64
 TARGETS = {448: 1.5, 64: 1.1}
 
 
-def prompts(length: int, draw: int) -> torch.Tensor:
-    """[SEQUENCES, length] random prompts, each ``GROUP`` times; ``draw`` numbers the drawing."""
-    generator = torch.Generator().manual_seed(draw)
+def draw_prompts(length: int, number: int) -> torch.Tensor:
+    """[SEQUENCES, length] random prompts, each ``GROUP`` times; the same for the same number."""
+    generator = torch.Generator().manual_seed(number)
     return torch.randint(1, 1000, (SEQUENCES // GROUP, length), generator=generator).repeat_interleave(GROUP, 0)
 
 
@@ -60,14 +61,17 @@ def compare(length: int, threads: int, rounds: int) -> list[Row]:
     """The rows of one prompt length and one number of threads."""
     torch.set_num_threads(threads)
     model = tiny_qwen3()
-    sampler = HFSampler(copy.deepcopy(model), max_slots=2 * SEQUENCES)
-    draws = {"generate": count(), "ours": count()}
+    sampler = HFSampler(copy.deepcopy(model))
+    numbers = {"generate": count(), "ours": count()}
 
     def turn(name: str) -> Seconds:
-        ids = prompts(length, next(draws[name]))
+        ids = draw_prompts(length, next(numbers[name]))
         return measure(lambda: generate(model, ids) if name == "generate" else sample(sampler, ids))
 
-    taken = interleave(rounds, {name: lambda name=name: turn(name) for name in draws})
+    contestants = {name: partial(turn, name) for name in numbers}
+    for warm_up in contestants.values():
+        warm_up()
+    taken = interleave(rounds, contestants)
     asyncio.run(sampler.close())
     label = f"prompt {length}, {threads} thread{'s' * (threads > 1)}"
     faster = ratio(taken["generate"], taken["ours"])

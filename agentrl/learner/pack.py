@@ -166,20 +166,14 @@ def _blocks(paths: list[list[int]], tokens: int) -> tuple[list[Tensor], Tensor]:
     """Paths in blocks whose padding is at most a quarter; padding repeats a path's last token and is never read."""
     order = sorted(range(len(paths)), key=lambda row: -len(paths[row]))
     blocks: list[Tensor] = []
-    first = torch.full((tokens,), -1, dtype=torch.long)
-    offset = 0
     while order:
         width = len(paths[order[0]])
         count = sum(len(paths[row]) * 4 >= width * 3 for row in order)
         rows, order = order[:count], order[count:]
-        block = torch.tensor([paths[row] + [paths[row][-1]] * (width - len(paths[row])) for row in rows])
-        flat = block.flatten()
-        # Written back to front, so that the first occurrence wins; it is a real one, since padding only repeats.
-        here = torch.full((tokens,), -1, dtype=torch.long)
-        here[flat.flip(0)] = torch.arange(len(flat) - 1, -1, -1)
-        first = torch.where((first < 0) & (here >= 0), here + offset, first)
-        offset += len(flat)
-        blocks.append(block)
+        blocks.append(torch.tensor([paths[row] + [paths[row][-1]] * (width - len(paths[row])) for row in rows]))
+    places = torch.cat([block.flatten() for block in blocks])
+    # The first occurrence is a real one, since padding only repeats; with "amin" no order of writing matters.
+    first = torch.full((tokens,), len(places)).scatter_reduce(0, places, torch.arange(len(places)), "amin")
     return blocks, first
 
 

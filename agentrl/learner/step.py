@@ -28,12 +28,14 @@ class Learner:
     Args:
         model: a transformers causal language model, in training dtype, on its device.
         config: the run's configuration.
+        reference: the starting policy, which the KL is measured to; default: ``model`` as it is now. A resumed run
+            has to give it. Not used where ``algorithm.kl_coef`` is 0.
 
     Raises:
         ConfigError: top-p below 1, under which the learner cannot rebuild the sampling distribution.
     """
 
-    def __init__(self, model: Any, config: RunConfig) -> None:
+    def __init__(self, model: Any, config: RunConfig, *, reference: Any = None) -> None:
         if config.sampler.top_p < 1:
             raise ConfigError(
                 f"sampler.top_p is {config.sampler.top_p}: training needs 1.0, because the ratio in the loss must use "
@@ -41,8 +43,10 @@ class Learner:
             )
         self.model, self.config = model.train(), config
         model.set_attn_implementation(ATTENTION)
-        kl = config.algorithm.kl_coef > 0
-        self.reference = copy.deepcopy(model).eval().requires_grad_(False) if kl else None
+        self.reference = None
+        if config.algorithm.kl_coef > 0:
+            self.reference = copy.deepcopy(model if reference is None else reference).eval().requires_grad_(False)
+            self.reference.set_attn_implementation(ATTENTION)
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.train.lr,
@@ -119,11 +123,12 @@ class Learner:
             unique += batch.token_ids.shape[1]
             logprobs = target_logprobs(self.model, batch, self.config.sampler.temperature)
             if not bool(logprobs.isfinite().all()):
-                raise _not_finite("a log-prob", float(logprobs[~logprobs.isfinite()][0]), part)
+                raise _not_finite("a log-prob", float(logprobs.detach()[~logprobs.isfinite()][0]), part)
             loss, metrics = self._loss(batch, logprobs, denominator, tokens)
             if not bool(loss.isfinite()):
-                raise _not_finite("the loss", float(loss), part)
-            loss.backward()  # type: ignore[no-untyped-call]
+                raise _not_finite("the loss", float(loss.detach()), part)
+            if loss.requires_grad:  # not so where the policy wrote nothing, as after a prompt that fills the context
+                loss.backward()  # type: ignore[no-untyped-call]
             for name, value in metrics.items():
                 pick = max if name.endswith("/max") else float.__add__
                 totals[name] = pick(totals[name], float(value))

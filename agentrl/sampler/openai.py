@@ -19,6 +19,7 @@ from agentrl.config import RunConfig
 from agentrl.errors import SamplerError
 from agentrl.rollout.scheduler import Scheduler
 from agentrl.seeds import derive_seed
+from agentrl.tool_format import read_json
 from agentrl.types import Message, Node, SamplingParams, StepResult, StopReason, ToolCall
 
 ATTEMPTS = 4
@@ -61,7 +62,7 @@ class ChatWriter:
             message = _read_message(choice["message"], self._turn)
             cut = choice.get("finish_reason") == "length"
             self._left -= int((reply.get("usage") or {}).get("completion_tokens", 0))
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise SamplerError(
                 f"the server's reply is not a chat completion ({type(error).__name__}: {error}); expected "
                 f"choices[0].message, got {json.dumps(reply)[:200]}"
@@ -131,7 +132,7 @@ async def _request(client: httpx.AsyncClient, method: str, path: str, body: Any)
         if response.status_code == 200:
             try:
                 reply: dict[str, Any] = response.json()
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise SamplerError(
                     f"{client.base_url}{path} did not answer with JSON: {response.text[:200]}"
                 ) from error
@@ -158,8 +159,8 @@ def _read_message(data: dict[str, Any], turn: int) -> Message:
         name, text = call["function"]["name"], call["function"].get("arguments") or "{}"
         identifier = call.get("id") or f"call_{turn}_{index}"
         try:
-            arguments = json.loads(text) if isinstance(text, str) else text
-        except json.JSONDecodeError as error:
+            arguments = read_json(text) if isinstance(text, str) else text
+        except ValueError as error:
             calls.append(ToolCall(identifier, name, error=f"The arguments of {name!r} are not valid JSON: {error}."))
             continue
         if isinstance(arguments, dict):

@@ -251,4 +251,6 @@ def _limit(limits: Mapping[str, int]) -> None:
         resource.RLIMIT_SIGPENDING: _SIGNALS_QUEUED,
     }
     for kind, value in values.items():
-        resource.setrlimit(kind, (value, value))
+        _, most = resource.getrlimit(kind)
+        allowed = value if most == resource.RLIM_INFINITY else min(value, most)
+        resource.setrlimit(kind, (allowed, allowed))

@@ -28,6 +28,7 @@ GRACE_SECONDS = 1.0
 """Time between the interrupt at a cell's deadline and the kill."""
 FILE_SECONDS = 20.0
 CLOSE_SECONDS = 10.0
+_CPU_TICKS = 0.1  # how finely the kernel measures before it enforces RLIMIT_CPU
 _CHUNK_BYTES = 256 * 1024
 _REPORTED = {ExecStatus.OK, ExecStatus.ERROR, ExecStatus.TIMEOUT, ExecStatus.MEMORY}
 
@@ -271,7 +272,7 @@ class LocalSession:
 
     def _how_it_ended(self, head: dict[str, Any]) -> str:
         code, cpu = head["exit"], head.get("cpu")
-        if isinstance(cpu, float | int) and cpu >= self._limits.cpu_seconds:
+        if code == -signal.SIGKILL and isinstance(cpu, float | int) and cpu > self._limits.cpu_seconds - _CPU_TICKS:
             return f"used up its {self._limits.cpu_seconds} s of CPU time"
         if not isinstance(code, int) or code >= 0:
             return f"ended with exit status {str(code)[:20]}"

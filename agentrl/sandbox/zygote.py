@@ -29,7 +29,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
-from agentrl.sandbox import jail, kernel, runner, seccomp, wire
+from agentrl.sandbox import interpreter, jail, kernel, runner, seccomp, wire
 
 _PACKET_BYTES = 4096
 _ONE_DESCRIPTOR = socket.CMSG_LEN(4)
@@ -39,10 +39,10 @@ class Zygote:
     """Forks sessions, kills them when the manager hangs up, reaps them when they end."""
 
     def __init__(
-        self, control: socket.socket, manager: int, own_namespace: int, interpreter: runner.Interpreter
+        self, control: socket.socket, manager: int, own_namespace: int, program: interpreter.Interpreter
     ) -> None:
         self.control, self.manager, self.own_namespace = control, manager, own_namespace
-        self.interpreter = interpreter
+        self.program = program
         self.filter = seccomp.assemble()
         self.links: dict[int, socket.SocketType] = {}  # by process id
         self.processes: dict[int, int] = {}  # by descriptor, as long as the session is wanted
@@ -72,7 +72,8 @@ class Zygote:
                 data, passed, _, _ = self.control.recvmsg(_PACKET_BYTES, _ONE_DESCRIPTOR)
                 if not data:
                     return
-                self._open(json.loads(data), int.from_bytes(passed[0][2], sys.byteorder))
+                if passed:  # else there was no descriptor left, and the manager reads the end of file
+                    self._open(json.loads(data), int.from_bytes(passed[0][2], sys.byteorder))
 
     def _open(self, request: dict[str, Any], descriptor: int) -> None:
         # SocketType: the bare C type, as the fewer objects are touched here, the fewer pages a fork has to copy
@@ -123,39 +124,39 @@ def _become_session(request: dict[str, Any], link: int, zygote: Zygote) -> NoRet
         os.dup2(printed, 1)
         os.dup2(printed, 2)
         os.close(printed)
-        zygote.interpreter.adopt(request["seed"])
+        zygote.program.adopt(request["seed"])
     except BaseException as error:
         runner.send({"fatal": str(error) if isinstance(error, jail.Missing) else repr(error)})
         os._exit(1)
     try:
         runner.send({"ready": True})
-        runner.serve(zygote.interpreter)
+        runner.serve(zygote.program)
     finally:
         os._exit(1)
 
 
-def _prepare(config: dict[str, Any]) -> runner.Interpreter:
+def _prepare(config: dict[str, Any]) -> interpreter.Interpreter:
     """Bring the interpreter into the state that every session starts from."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     sys.path[:] = ["/work", *(path for path in sys.path if path), jail.PACKAGES]
     for name in config["preload"]:
         importlib.import_module(name)
     os.environ.clear()
-    sys.argv[:] = [""]
+    sys.argv[:] = sys.orig_argv[:] = [""]
     vars(builtins).update(exit=sys.exit, quit=sys.exit)  # what the site module would have put there
     for name in [name for name in sys.modules if name.partition(".")[0] == "agentrl"]:
         del sys.modules[name]
-    interpreter = runner.Interpreter(config["output_bytes"])
-    interpreter.warm_up()
+    program = interpreter.Interpreter(config["output_bytes"])
+    program.warm_up()
     gc.collect()
     gc.freeze()
-    return interpreter
+    return program
 
 
 def main(config: dict[str, Any]) -> NoReturn:
     """Build the jail, fork the zygote proper, wait for it."""
+    os.umask(0o022)
     control = socket.socket(fileno=config["control"])
     manager = os.pidfd_open(config["manager"])
     if os.getppid() != config["manager"]:
@@ -183,6 +184,6 @@ def main(config: dict[str, Any]) -> NoReturn:
     try:
         zygote.run()
     except BaseException:
-        traceback.print_exc()
+        os.write(2, traceback.format_exc().encode())  # sys.stderr belongs to the sessions
         os._exit(1)
     os._exit(0)  # as the first process of its PID namespace it takes every session with it

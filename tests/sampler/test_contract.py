@@ -127,7 +127,7 @@ async def test_samples_follow_the_distribution(make_sampler, make_model):
     assert abs(drawn.count(top) - expected) < 4 * spread + 1
 
 
-# -- bit for bit the same, whatever else is being sampled ------------------------------------------------------------
+# -- bit for bit the same, whatever else is being sampled -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -338,7 +338,7 @@ async def test_requests_racing_with_close_all_end(make_sampler):
     assert {type(e) for e in ended} <= {SamplerError, type(None)}
 
 
-# -- new weights ----------------------------------------------------------------------------------------------------
+# -- new weights ------------------------------------------------------------------------------------------------------
 
 
 def moved(model, scale=0.05, seed=0):

@@ -103,7 +103,7 @@ async def test_slots_are_neither_lost_nor_given_twice(make_sampler):
     await asyncio.gather(*jobs, return_exceptions=True)
     await sampler.sample(PROMPT, SamplingParams(1))
     await sampler.close()
-    assert not (sampler._running or sampler._waiting or sampler._by_slot)
+    assert not [*sampler._running, *sampler._waiting, *sampler._by_slot]
     assert sorted([*sampler._free, *sampler._idle]) == list(range(5))
 
 
@@ -244,7 +244,7 @@ def test_models_with_another_attention_are_refused_by_name(name, changes, messag
 
 
 def test_more_length_than_positions_is_refused(make_model):
-    with pytest.raises(UserError, match="sampler.max_length is 513, but Qwen3ForCausalLM has 512 positions"):
+    with pytest.raises(UserError, match=r"sampler.max_length is 513, but Qwen3ForCausalLM has 512 positions"):
         HFSampler(make_model(), max_length=513)
 
 

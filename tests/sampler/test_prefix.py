@@ -67,7 +67,7 @@ class IndexMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_is_left_behind(self):
         if not self.slots:
-            assert not (self.index._slots or self.index._blocks or self.index._tokens)
+            assert not [*self.index._slots, *self.index._blocks, *self.index._tokens]
 
 
 TestPrefixIndex = IndexMachine.TestCase

@@ -108,9 +108,19 @@ ARGUMENTS = [
     Attack("clone into a PID namespace", _call((56, 220)[_COLUMN], 0x2000_0011, 0, 0, 0, 0), shows="refused"),
     Attack("prctl: do not die with the zygote", _call((157, 167)[_COLUMN], 1, 0, 0, 0, 0), shows="refused"),
     Attack("prctl: dumpable again", _call((157, 167)[_COLUMN], 4, 1, 0, 0, 0), shows="refused"),
-    Attack("fcntl: large pipes", "import fcntl, os\nfcntl.fcntl(os.pipe()[0], 1031, 1 << 20)", ("error",), "PermissionError"),
+    Attack(
+        "fcntl: large pipes",
+        "import fcntl, os\nfcntl.fcntl(os.pipe()[0], 1031, 1 << 20)",
+        ("error",),
+        "PermissionError",
+    ),
     Attack("ioctl: type into the terminal", "import fcntl\nfcntl.ioctl(0, 0x5412, b'x')", ("error",), "OSError"),
-    Attack("socketpair of a network family", "import socket\nsocket.socketpair(socket.AF_INET)", ("error",), "PermissionError"),
+    Attack(
+        "socketpair of a network family",
+        "import socket\nsocket.socketpair(socket.AF_INET)",
+        ("error",),
+        "PermissionError",
+    ),
 ]
 if platform.machine() == "x86_64":
     ARGUMENTS.append(Attack("x32 call", _call(0x4000_0000 | 39), ("killed",), "SIGSYS"))
@@ -124,9 +134,9 @@ READING = [
     ),
     Attack(
         "files of the host",
-        "import os\nprint([p for p in ('/etc', '/etc/shadow', '/etc/passwd', '/root/.bashrc', '/home/user', '/proc/1/environ',"
-        "'/proc/self', '/proc/kcore', '/sys/kernel', '/var', '/bin/sh', '/usr/bin', '/run', '/dev/sda', '/dev/mem', '/dev/tty',"
-        "'/dev/kmsg', '/boot', '/srv', '/opt/secret') if os.path.lexists(p)])",
+        "import os\nprint([p for p in ('/etc', '/etc/shadow', '/etc/passwd', '/root/.bashrc', '/home/user', '/var',"
+        "'/proc/1/environ', '/proc/self', '/proc/kcore', '/sys/kernel', '/bin/sh', '/usr/bin', '/run', '/dev/sda',"
+        "'/dev/mem', '/dev/tty', '/dev/kmsg', '/boot', '/srv', '/opt/secret') if os.path.lexists(p)])",
     ),
     Attack(
         "names in the root",
@@ -141,17 +151,19 @@ READING = [
     Attack("packages by name", "import pip", ("error",), "ModuleNotFoundError"),
     Attack(
         "walking out of the root",
-        "import os\nfd = os.open('/', os.O_RDONLY)\nfor _ in range(40):\n    fd = os.open('..', os.O_RDONLY, dir_fd=fd)\n"
+        "import os\nfd = os.open('/', os.O_RDONLY)\nfor _ in range(40):\n"
+        "    fd = os.open('..', os.O_RDONLY, dir_fd=fd)\n"
         "print([n for n in ('etc', 'home', 'proc', 'var') if n in os.listdir(fd)])",
     ),
     Attack(
         "the old working folder",
-        "import os\nos.chdir('/')\nos.chdir('../../../..')\nprint([n for n in ('etc', 'proc', 'var') if n in os.listdir('.')])",
+        "import os\nos.chdir('/')\nos.chdir('../../../..')\n"
+        "print([n for n in ('etc', 'proc', 'var') if n in os.listdir('.')])",
     ),
     Attack(
         "inherited descriptors",
-        "import os\n\ndef is_open(fd):\n    try:\n        os.fstat(fd)\n        return True\n    except OSError:\n        return False\n\n"
-        "print([fd for fd in range(4, 64) if is_open(fd)])",
+        "import os\nfound = []\nfor fd in range(4, 64):\n"
+        "    try:\n        os.fstat(fd)\n        found.append(fd)\n    except OSError:\n        pass\nprint(found)",
     ),
     Attack("name of the host", "import os\nprint(os.uname().nodename)", shows="sandbox"),
 ]
@@ -159,7 +171,8 @@ READING = [
 WRITING = [
     Attack(
         "writing outside the scratch folders",
-        "import os\nmade = []\nfor folder, _, _ in os.walk('/'):\n    if folder.startswith(('/work', '/tmp')):\n        continue\n"
+        "import os\nmade = []\nfor folder, _, _ in os.walk('/'):\n"
+        "    if folder.startswith(('/work', '/tmp')):\n        continue\n"
         "    try:\n        os.close(os.open(folder + '/x', os.O_CREAT | os.O_WRONLY))\n        made.append(folder)\n"
         "    except OSError:\n        pass\nprint(made)",
     ),
@@ -172,8 +185,7 @@ WRITING = [
     Attack("shell through libc", "import os\nprint('none' if os.system('id') else 'ran')", shows="none"),
     Attack(
         "code from a library of one's own",
-        "import ctypes, shutil\nshutil.copy(ctypes.__file__, '/work/x')\nimport _ctypes\nshutil.copy(_ctypes.__file__, '/work/x.so')\n"
-        "ctypes.CDLL('/work/x.so')",
+        "import _ctypes, ctypes, shutil\nshutil.copy(_ctypes.__file__, '/work/x.so')\nctypes.CDLL('/work/x.so')",
         ("error",),
         "OSError",
     ),
@@ -185,12 +197,18 @@ REACHING = [
         "import socket\nmade = []\nfor family in range(46):\n    for kind in (1, 2, 3):\n        try:\n"
         "            made.append(socket.socket(family, kind))\n        except OSError:\n            pass\nprint(made)",
     ),
-    Attack("a web page", "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:1', timeout=1)", ("error",), "Error"),
+    Attack(
+        "a web page",
+        "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:1', timeout=1)",
+        ("error",),
+        "Error",
+    ),
     Attack("a name", "import socket\nsocket.getaddrinfo('example.com', 80)", ("error",), "gaierror"),
     Attack("an abstract socket", "import socket\nsocket.socketpair()[0].bind('\\0x')", ("error",), "PermissionError"),
     Attack(
         "processes of the host",
-        "import os\nfound = []\nfor pid in range(2, 40000):\n    try:\n        os.kill(pid, 0)\n        found.append(pid)\n"
+        "import os\nfound = []\nfor pid in range(2, 40000):\n"
+        "    try:\n        os.kill(pid, 0)\n        found.append(pid)\n"
         "    except ProcessLookupError:\n        pass\nprint(found)",
     ),
     Attack("everybody's end", "import os, signal\nos.kill(-1, signal.SIGKILL)", ("ok", "error"), ""),
@@ -201,7 +219,8 @@ REACHING = [
     Attack(
         "higher limits",
         "import resource\nraised = []\nfor kind in range(16):\n    soft, hard = resource.getrlimit(kind)\n"
-        "    if hard == resource.RLIM_INFINITY:\n        continue\n    try:\n        resource.setrlimit(kind, (hard + 1, hard + 1))\n"
+        "    if hard == resource.RLIM_INFINITY:\n        continue\n"
+        "    try:\n        resource.setrlimit(kind, (hard + 1, hard + 1))\n"
         "        raised.append(kind)\n    except (ValueError, OSError):\n        pass\nprint(raised)",
     ),
 ]
@@ -210,10 +229,24 @@ FILLING = [
     Attack("memory in one piece", "x = bytearray(1 << 40)", ("memory",), "MemoryError"),
     Attack("memory in small pieces", "x = []\nwhile True:\n    x.append(bytes(1 << 20))", ("memory",), "MemoryError"),
     Attack("a large number", "x = 1 << (1 << 36)", ("memory", "error"), "Error"),
-    Attack("unpacking", "import zlib\nx = zlib.compress(bytes(1 << 24))\ny = zlib.decompress(x) * 100", ("memory",), "MemoryError"),
-    Attack("a disk", "f = open('/work/x', 'wb')\nwhile True:\n    f.write(bytes(1 << 20))\n    f.flush()", ("error",), "OSError"),
-    Attack("many files", "n = 0\nwhile True:\n    n += 1\n    open(f'/work/{n}', 'w').close()", ("error",), "No space left"),
-    Attack("shared memory", "f = open('/dev/shm/x', 'wb')\nwhile True:\n    f.write(bytes(1 << 20))", ("error",), "OSError"),
+    Attack(
+        "unpacking",
+        "import zlib\nx = zlib.compress(bytes(1 << 24))\ny = zlib.decompress(x) * 100",
+        ("memory",),
+        "MemoryError",
+    ),
+    Attack(
+        "a disk",
+        "f = open('/work/x', 'wb')\nwhile True:\n    f.write(bytes(1 << 20))\n    f.flush()",
+        ("error",),
+        "OSError",
+    ),
+    Attack(
+        "many files", "n = 0\nwhile True:\n    n += 1\n    open(f'/work/{n}', 'w').close()", ("error",), "No space left"
+    ),
+    Attack(
+        "shared memory", "f = open('/dev/shm/x', 'wb')\nwhile True:\n    f.write(bytes(1 << 20))", ("error",), "OSError"
+    ),
     Attack("descriptors", "import os\nx = []\nwhile True:\n    x.append(os.dup(0))", ("error",), "Too many open files"),
     Attack("pipes", "import os\nwhile True:\n    os.pipe()", ("error",), "Too many open files"),
     Attack("processes", "import os\nwhile True:\n    os.fork()", ("error",), "BlockingIOError"),
@@ -226,7 +259,7 @@ FILLING = [
     Attack("recursion", "def f():\n    f()\nf()", ("error",), "RecursionError"),
     Attack(
         "recursion without a limit",
-        "import sys\nsys.setrecursionlimit(1 << 30)\nx = []\nfor _ in range(10**6):\n    x = [x]\nrepr(x)",
+        "import sys\nsys.setrecursionlimit(1 << 30)\nx = []\nfor _ in range(10**5):\n    x = [x]\nrepr(x)",
         ("killed", "memory", "error"),
         "",
     ),
@@ -237,7 +270,9 @@ FILLING = [
 STAYING = [
     Attack("a loop", "while True:\n    pass", ("timeout",), "variables and files are kept", 0.2),
     Attack("a sleep", "import time\ntime.sleep(60)", ("timeout",), "variables and files are kept", 0.2),
-    Attack("a pattern", "import re\nre.match('(a+)+$', 'a' * 40 + 'b')", ("timeout",), "variables and files are kept", 0.2),
+    Attack(
+        "a pattern", "import re\nre.match('(a+)+$', 'a' * 40 + 'b')", ("timeout",), "variables and files are kept", 0.2
+    ),
     Attack(
         "catching everything",
         "while True:\n    try:\n        sum(range(100))\n    except BaseException:\n        pass",
@@ -273,8 +308,19 @@ BREAKING = [
     Attack("no builtins", "import builtins\nvars(builtins).clear()", ("error", "killed"), ""),
     Attack("no modules", "import sys\nsys.modules.clear()", ("ok", "error", "killed"), ""),
     Attack("poisoned modules", "import json, os\njson.dumps = os.write = os.getpid = None", ("error", "killed"), ""),
-    Attack("a string that cannot be shown", "class E(Exception):\n    def __str__(self):\n        return 1 / 0\nraise E", ("error",), "E"),
-    Attack("a repr that does not end", "class R:\n    def __repr__(self):\n        while True:\n            pass\nR()", ("timeout",), "kept", 0.2),
+    Attack(
+        "a string that cannot be shown",
+        "class E(Exception):\n    def __str__(self):\n        return 1 / 0\nraise E",
+        ("error",),
+        "E",
+    ),
+    Attack(
+        "a repr that does not end",
+        "class R:\n    def __repr__(self):\n        while True:\n            pass\nR()",
+        ("timeout",),
+        "kept",
+        0.2,
+    ),
     Attack("not UTF-8", "x = '\ud800'", ("error",), "UnicodeEncodeError"),
     Attack("a null byte", "x = '\0'", ("error",), "null bytes"),
     Attack("deep nesting", "(" * 5000 + ")" * 5000, ("error", "memory"), ""),
