@@ -51,11 +51,20 @@ def sampling_params(config: RunConfig) -> SamplingParams:
     return SamplingParams(config.rollout.max_tokens, config.sampler.temperature, config.sampler.top_p)
 
 
+def use_threads(config: RunConfig) -> None:
+    """Let torch use ``policy.threads`` CPU threads."""
+    if config.policy.threads:
+        import torch
+
+        torch.set_num_threads(config.policy.threads)
+
+
 @asynccontextmanager
 async def local_actors(config: RunConfig, model: Any, tokenizer: Any, version: int = 0) -> AsyncIterator[Actors]:
     """The embedded sampler on a copy of ``model``, with everything closed at the end."""
     from agentrl.sandbox.shared import close_shared_sandboxes
 
+    use_threads(config)
     renderer = Renderer(tokenizer, config.policy.tool_format)
     params = sampling_params(config)
     limit = min(config.sampler.max_length, getattr(model.config, "max_position_embeddings", config.sampler.max_length))

@@ -42,6 +42,9 @@ Configuration: @ file.toml, then AGENTRL_SECTION__KEY variables, then --section.
 OPTIONS = {"policy", "out", "resume", "dry_run", "compare", "json", "short"}
 """Flags that are not configuration keys."""
 
+VALUED = {"policy", "out", "compare", "json"}
+"""Those of them that need a value."""
+
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the ``agentrl`` command."""
@@ -81,7 +84,9 @@ class Arguments:
         UserError: an argument too many or too few, or an option that the command does not take.
     """
 
-    def __init__(self, words: list[str], positional: str | None, options: set[str]) -> None:
+    def __init__(
+        self, words: list[str], positional: str | None, options: set[str], *, configured: bool = True, file: bool = True
+    ) -> None:
         self.name = ""
         if positional is not None:
             if not words or words[0].startswith(("-", "@")):
@@ -90,18 +95,19 @@ class Arguments:
         self.file, flags = parse_flags(words)
         self.options = {key: flags.pop(key) for key in list(flags) if key in OPTIONS}
         refused = sorted(self.options.keys() - options)
+        refused += [] if configured else sorted(flags)
         if refused:
             raise UserError(f"--{refused[0].replace('_', '-')} does not go with this command; see agentrl --help.")
+        empty = [key for key in sorted(self.options.keys() & VALUED) if self.options[key] is True]
+        if empty:
+            raise UserError(f"--{empty[0]} needs a value; see agentrl --help.")
+        if self.file is not None and not (configured and file):
+            raise UserError(f"@ {self.file} does not go with this command; see agentrl --help.")
         self.overrides = flags
 
     def config(self, **fixed: Any) -> RunConfig:
         """The run's configuration; ``fixed`` wins."""
-        config = load_config(self.file, self.overrides | {k.replace("__", "."): v for k, v in fixed.items() if v})
-        if config.policy.threads:
-            import torch
-
-            torch.set_num_threads(config.policy.threads)
-        return config
+        return load_config(self.file, self.overrides | {k.replace("__", "."): v for k, v in fixed.items() if v})
 
     def out(self, config: RunConfig, kind: str) -> Path:
         """The run folder."""
@@ -112,13 +118,13 @@ class Arguments:
 def _demo(words: list[str]) -> None:
     from agentrl.demo import demo_config, run_demo
 
-    arguments = Arguments(words, None, {"out", "short"})
+    arguments = Arguments(words, None, {"out", "short"}, file=False)
     config = demo_config(arguments.overrides, bool(arguments.options.get("short")))
     run_demo(config, arguments.out(config, "demo"))
 
 
 def _list(words: list[str]) -> None:
-    Arguments(words, None, set())
+    Arguments(words, None, set(), configured=False)
     kinds: tuple[registry.Kind, ...] = ("envs", "tools")
     for kind in kinds:
         print(f"{kind}:")
@@ -140,11 +146,13 @@ def _train(words: list[str]) -> None:
 
     resume = "--resume" in words
     named = bool(words) and not words[0].startswith(("-", "@"))
-    arguments = Arguments(words, "an environment" if named or not resume else None, _TRAIN_OPTIONS)
+    arguments = Arguments(words, "an environment" if named or not resume else None, _TRAIN_OPTIONS, file=not resume)
     if resume:
         if "out" not in arguments.options:
             raise ConfigError("--resume needs --out DIR, the folder of the run to go on with.")
-        run_train(None, Path(str(arguments.options["out"])), overrides=arguments.overrides)
+        asked = {"env": arguments.name, "policy.path": arguments.options.get("policy")}
+        overrides = arguments.overrides | {key: value for key, value in asked.items() if value}
+        run_train(None, Path(str(arguments.options["out"])), overrides=overrides)
         return
     config = arguments.config(env=arguments.name, policy__path=arguments.options.get("policy"))
     if arguments.options.get("dry_run"):
@@ -172,7 +180,7 @@ def _eval(words: list[str]) -> None:
 def _new(words: list[str]) -> None:
     from agentrl.scaffold import new_env
 
-    arguments = Arguments(words, "a name", set())
+    arguments = Arguments(words, "a name", set(), configured=False)
     for path in new_env(arguments.name, Path.cwd()):
         print(f"wrote {path}")
 
@@ -187,7 +195,7 @@ def _check(words: list[str]) -> None:
 
 
 def _keys(words: list[str]) -> None:
-    Arguments(words, None, set())
+    Arguments(words, None, set(), configured=False)
     for key, default, meaning in describe_keys():
         print(f"{key:<28}{default:<28}{meaning}")
 

@@ -214,7 +214,7 @@ def parse_flags(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
         elif word.startswith("--"):
             key, given, value = word[2:].partition("=")
             if not given:
-                value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+                value = rest.pop(0) if rest and not rest[0].startswith(("--", "@")) else "true"
             overrides[key.replace("-", "_")] = _value(value)
         else:
             raise ConfigError(f"unexpected argument {word!r}: expected '@ file.toml' or '--key value'.")
@@ -269,7 +269,8 @@ def _read_environment() -> dict[str, Any]:
     """What the ``AGENTRL_*`` variables say; those without ``__`` that are no key of the top level are not ours."""
     known = ["AGENTRL_" + key.upper().replace(".", "__") for key in known_keys()]
     for name in map(str.upper, os.environ):
-        if name.startswith("AGENTRL_") and "__" in name and not name.startswith(("AGENTRL_ENV_OPTIONS__", *known)):
+        ours = name.startswith("AGENTRL_") and "__" in name and not name.startswith("AGENTRL_ENV_OPTIONS__")
+        if ours and name not in known:
             raise UnknownName("environment variable", name, known)
     try:
         return EnvSettingsSource(_Sources)()

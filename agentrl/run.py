@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from agentrl.assemble import env_factory, sampling_params
+from agentrl.assemble import env_factory, sampling_params, use_threads
 from agentrl.config import RunConfig, load_config
 from agentrl.demonstrations import Tokens, encode, record
 from agentrl.errors import ConfigError, RunFolderError, UserError
@@ -38,6 +39,7 @@ def run_sft(config: RunConfig, folder: Path) -> list[float]:
 
     if folder.exists() and any(folder.iterdir()):
         raise RunFolderError(f"{folder} exists and is not empty. Choose another folder with --out.")
+    use_threads(config)
     model, tokenizer = load_policy(config.policy.path, config.policy.device) if config.policy.path else (None, None)
     expert, guesses, tokenizer = asyncio.run(_demonstrations(config, tokenizer))
     if model is None:
@@ -81,11 +83,11 @@ def run_train(
 ) -> Path:
     """Train in a new run folder, or, without ``config``, go on with the run in ``out``; returns the last checkpoint.
 
-    A resumed run keeps its configuration; of ``overrides`` only ``train.steps`` is taken, to train for longer.
+    A resumed run keeps its configuration; of ``overrides`` only ``train.steps`` may differ, to train for longer.
 
     Raises:
         RunFolderError: the folder is in use, holds a run already, or holds none to resume.
-        ConfigError: another override than ``train.steps`` was given with a resume.
+        ConfigError: a resume with another value than the run's for something else.
     """
     if config is not None:
         text = Path(toml).read_text() if toml else None
@@ -93,17 +95,23 @@ def run_train(
         keep = config.train.keep_checkpoints
         with RunFolder.create(out, values, toml=text, environment=config.env, keep=keep) as run:
             return train_with_bar(config, run)
-    refused = sorted((overrides or {}).keys() - {"train.steps"})
-    if refused:
-        raise ConfigError(f"a resumed run keeps its configuration; only train.steps may change, got {refused[0]}.")
     with RunFolder.resume(out) as run:
-        saved = load_config(None, {**run.config})
-        run.keep = saved.train.keep_checkpoints
-        steps = int((overrides or {}).get("train.steps", saved.train.steps))
-        saved = saved.model_copy(update={"train": saved.train.model_copy(update={"steps": steps})})
-        if run.start and run.start.step >= steps:
-            raise UserError(f"the run in {out} has done all its {steps} steps; give --train.steps a larger number.")
-        return train_with_bar(saved, run)
+        config = _resumed_config(run, overrides or {})
+        run.keep = config.train.keep_checkpoints
+        if run.start and run.start.step >= config.train.steps:
+            raise UserError(
+                f"the run in {out} has done {run.start.step} of {config.train.steps} steps; to go on, give "
+                "--train.steps a larger number."
+            )
+        return train_with_bar(config, run)
+
+
+def _resumed_config(run: RunFolder, overrides: Mapping[str, Any]) -> RunConfig:
+    saved = load_config(None, run.config)
+    for key, value in overrides.items():
+        if key != "train.steps" and load_config(None, {**run.config, key: value}) != saved:
+            raise ConfigError(f"a resumed run keeps its configuration but for train.steps, got {key} = {value!r}.")
+    return load_config(None, {**run.config, **overrides})
 
 
 def train_with_bar(config: RunConfig, run: RunFolder) -> Path:
@@ -143,7 +151,12 @@ def dry_run(config: RunConfig) -> None:
 
 
 def run_eval(config: RunConfig, policies: list[str], target: Path | None) -> list[Evaluation]:
-    """Evaluate one or two policies on the same tasks, print the table, write JSON if asked."""
+    """Evaluate one or two policies on the same tasks, print the table, write JSON if asked.
+
+    Raises:
+        UserError: there is no folder for ``target``; found out before the work is done.
+    """
+    _require_folder(target)
     rows = {policy: evaluate_with_bar(config, policy, f"evaluate {Path(policy).name}") for policy in policies}
     found = list(rows.values())
     comparisons = compare_evaluations(found[0], found[1]) if len(found) == 2 else []
@@ -178,6 +191,7 @@ def run_check(config: RunConfig, target: Path | None) -> bool:
         finally:
             await close_shared_sandboxes()
 
+    _require_folder(target)
     checks = asyncio.run(check())
     for found in checks:
         console.print(f"[{'green' if found.ok else 'red'}]{'ok  ' if found.ok else 'FAIL'}[/] {found.name}", end="")
@@ -185,3 +199,8 @@ def run_check(config: RunConfig, target: Path | None) -> bool:
     if target is not None:
         target.write_text(json.dumps([asdict(found) for found in checks], indent=2) + "\n")
     return all(found.ok for found in checks)
+
+
+def _require_folder(target: Path | None) -> None:
+    if target is not None and not target.parent.is_dir():
+        raise UserError(f"cannot write {target}: {target.parent} is no folder.")

@@ -78,7 +78,7 @@ class Tool:
 
     def validate(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """``arguments`` checked and converted to the types of ``run``; raises pydantic's ``ValidationError``."""
-        return _arguments(_function_of(self)).validate_python(arguments)
+        return _arguments_check(_function_of(self))(arguments)
 
 
 class FunctionTool(Tool):
@@ -90,7 +90,7 @@ class FunctionTool(Tool):
         self.timeout = timeout
         self._awaited = inspect.iscoroutinefunction(function)
         _schema(function, self.name)
-        _arguments(function)  # not in the first call: it takes milliseconds
+        _arguments_check(function)  # not in the first call: it takes milliseconds
 
     async def run(self, *args: Any, **kwargs: Any) -> str:
         """Call the function."""
@@ -185,7 +185,7 @@ def _schema(function: Callable[..., Any], name: str) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=256)
-def _arguments(function: Callable[..., Any]) -> TypeAdapter[dict[str, Any]]:
+def _arguments_check(function: Callable[..., Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """Checks a call's arguments. A typed dict, because a model's attributes would forbid names such as ``schema``."""
     hints = inspect.get_annotations(function, eval_str=True)
     fields: dict[str, Any] = {}
@@ -194,7 +194,9 @@ def _arguments(function: Callable[..., Any]) -> TypeAdapter[dict[str, Any]]:
             hint = hints.get(parameter.name, Any)
             fields[parameter.name] = hint if parameter.default is parameter.empty else NotRequired[hint]
     closed = with_config(ConfigDict(extra="forbid", arbitrary_types_allowed=True))
-    return TypeAdapter(closed(TypedDict("Arguments", fields)))  # type: ignore[operator]
+    check: Callable[[Mapping[str, Any]], dict[str, Any]]
+    check = TypeAdapter(closed(TypedDict("Arguments", fields))).validator.validate_python  # type: ignore[operator]
+    return check
 
 
 def _unknown(name: str, tools: Mapping[str, Tool]) -> str:

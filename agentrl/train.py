@@ -38,10 +38,13 @@ async def train(config: RunConfig, folder: RunFolder, *, on_step: OnStep | None 
     """
     start = folder.start
     model, tokenizer = load_policy(start.path if start else config.policy.path, config.policy.device)
-    learner = Learner(model, config)
-    state = load_state(start.path, learner) if start else {"step": 0, "cursor": 0}
+    # A resumed model is not the starting policy any more, which the KL is measured to.
+    resumed_kl = start is not None and config.algorithm.kl_coef > 0
+    reference = load_policy(config.policy.path, config.policy.device)[0] if resumed_kl else None
+    learner = Learner(model, config, reference=reference)
+    state = load_state(start.path, learner) if start else {"step": 0, "cursor": 0, "version": 0}
     stream = TaskStream(env_factory(config)().tasks("train"), config.seed, state["cursor"])
-    async with local_actors(config, model, tokenizer, version=state["step"]) as actors:
+    async with local_actors(config, model, tokenizer, version=state["version"]) as actors:
         for step in range(state["step"] + 1, config.train.steps + 1):
             began = time.perf_counter()
             batch = await collect(actors.scheduler, stream, config, step)
@@ -58,8 +61,9 @@ async def train(config: RunConfig, folder: RunFolder, *, on_step: OnStep | None 
             folder.write_rollouts(step, batch.played)
             folder.log_metrics(step, metrics)
             if step % config.train.checkpoint_every == 0 or step == config.train.steps:
+                state = {"step": step, "cursor": stream.cursor, "version": actors.sampler.version}
                 with folder.checkpoint(step) as target:
-                    save_checkpoint(target, learner, tokenizer, {"step": step, "cursor": stream.cursor})
+                    save_checkpoint(target, learner, tokenizer, state)
             if on_step is not None:
                 on_step(step, metrics)
     last = folder.latest_checkpoint()

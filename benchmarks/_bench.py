@@ -1,7 +1,8 @@
 """What the benchmarks share: clocks, interleaving, a table, JSON rows.
 
 Speeds are compared as ratios inside one run, never with a number from another day: the contestants take turns, every
-round gives one ratio, and the median over the rounds is reported. A machine that slows down slows both.
+round gives one ratio, and the median over the rounds is reported. A machine that slows down slows both. An absolute
+time is the median too, or, where its target is absolute, the best of the rounds.
 """
 
 from __future__ import annotations
@@ -93,6 +94,11 @@ def typical(taken: Sequence[Seconds]) -> Seconds:
     return Seconds(median(t.cpu for t in taken), median(t.wall for t in taken))
 
 
+def best(taken: Sequence[Seconds]) -> Seconds:
+    """The minima: for absolute times, which other people's load can only lengthen."""
+    return Seconds(min(t.cpu for t in taken), min(t.wall for t in taken))
+
+
 def ratio(ours: Sequence[Seconds], theirs: Sequence[Seconds]) -> Seconds:
     """The medians of ours over theirs, round by round."""
     pairs = list(zip(ours, theirs, strict=True))
@@ -129,8 +135,8 @@ def report(title: str, rows: Sequence[Row], options: argparse.Namespace, notes: 
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-    medians = f"; medians of {options.rounds} rounds" if "rounds" in options else ""
-    console.print(f"{os.cpu_count()} cores, load {load}{medians}", highlight=False)
+    rounds = f", {options.rounds} rounds" if "rounds" in options else ""
+    console.print(f"{os.cpu_count()} cores, load {load}{rounds}", highlight=False)
     if options.json is not None:
         options.json.write_text(json.dumps([row.to_json() for row in rows], indent=2) + "\n")
     return int(options.check and any(row.ok is False for row in rows))

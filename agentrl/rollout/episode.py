@@ -7,6 +7,7 @@ The loop does not know who writes. ``TokenWriter`` samples token ids and keeps t
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import traceback
 from collections import Counter
@@ -15,11 +16,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from agentrl.env import Env
-from agentrl.errors import DeadlineExceeded, SamplerError, UserError
+from agentrl.errors import DeadlineExceeded, IsolationUnavailable, RewardError, SamplerError, UserError
 from agentrl.renderer import Renderer
 from agentrl.sampler.base import Sampler
 from agentrl.seeds import derive_seed
 from agentrl.types import Leaf, Message, Node, Outcome, SamplingParams, StepResult, StopReason, Task
+
+CLOSING = 30.0
+"""Seconds that an environment may take to close; not part of the episode's deadline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +131,17 @@ async def play(env: Env, task: Task, writer: Writer, *, seed: int, deadline: flo
     Raises:
         SamplerError: the sampler failed; no episode can be played.
         UserError: the task or the environment's definition has to be mended.
+        IsolationUnavailable: no sandbox can be had on this machine.
     """
     began = time.perf_counter()
     progress = _Progress()
     error: str | None = None
-    outcome, reward = Outcome.ENV_FAILURE, None
+    outcome: Outcome = Outcome.ENV_FAILURE
+    reward: float | None = None
     try:
         async with asyncio.timeout(deadline) as timer:
             outcome, reward = await _turns(env, task, writer, seed, progress)
-    except (SamplerError, UserError):
+    except (SamplerError, UserError, IsolationUnavailable):
         raise
     except TimeoutError as failure:
         error = _trace(failure)
@@ -148,7 +154,9 @@ async def play(env: Env, task: Task, writer: Writer, *, seed: int, deadline: flo
     except Exception as failure:
         error = _trace(failure)
     finally:
-        await env.close()
+        unclosed = await _close(env)
+    if unclosed is not None and error is None:
+        outcome, reward, error = Outcome.ENV_FAILURE, None, unclosed
     seconds = time.perf_counter() - began
     return Played(
         tuple(writer.nodes),
@@ -184,7 +192,17 @@ class _Progress:
         return {"turns": float(self.turns), "tool_calls": float(self.calls), "tool_failures": total, **kinds}
 
 
-async def _turns(env: Env, task: Task, writer: Writer, seed: int, progress: _Progress) -> tuple[Outcome, float]:
+async def _close(env: Env) -> str | None:
+    """Close ``env``; what went wrong, if anything did."""
+    try:
+        async with asyncio.timeout(CLOSING):
+            await env.close()
+    except Exception as failure:  # whatever it is, it must not reach the other episodes
+        return _trace(failure)
+    return None
+
+
+async def _turns(env: Env, task: Task, writer: Writer, seed: int, progress: _Progress) -> tuple[Outcome, float | None]:
     opening, info = await env.reset(seed=seed, options={"task": task})
     writer.begin(opening, info.get("tools", ()))
     total = 0.0
@@ -198,8 +216,11 @@ async def _turns(env: Env, task: Task, writer: Writer, seed: int, progress: _Pro
         total += step.reward
         progress.count(step)
         if step.terminated or step.truncated:
+            if not math.isfinite(total):
+                raise RewardError(f"{type(env).__name__}.step gave a reward of {step.reward!r} on task {task.id}.")
             default = Outcome.ANSWERED if step.terminated else Outcome.TURN_LIMIT
-            return step.info.get("outcome", default), total
+            outcome = Outcome(step.info.get("outcome", default))
+            return outcome, total if outcome.scored else None
         writer.read(step)
 
 

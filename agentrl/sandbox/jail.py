@@ -170,7 +170,10 @@ def _enter_small_root(packages: Iterable[str]) -> None:
     views = {folder: folder for folder in shown}
     views |= {package: f"{PACKAGES}/{os.path.basename(package)}" for package in packages}
     devices = {device: device for device in _DEVICES}
-    stage = next(s for s in _STAGES if os.path.isdir(s) and not any(_inside(source, s) for source in views))
+    free = [s for s in _STAGES if os.path.isdir(s) and not any(_inside(source, s) for source in views)]
+    if not free:
+        raise Missing(f"a folder to mount the sessions' root on, one of {', '.join(_STAGES)}")
+    stage = free[0]
     with needs("mount namespace"):
         kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     with needs("tmpfs"):

@@ -17,6 +17,7 @@ from agentrl.sandbox.session import Channel, LocalSession
 
 _OPEN_SECONDS = 20.0
 _MOST_STARTING = 16
+_DEFAULT_LIMITS = Limits()
 
 
 class LocalSandbox:
@@ -46,7 +47,7 @@ class LocalSandbox:
         self._places = asyncio.Semaphore(_MOST_STARTING)
         self._closed = False
 
-    async def open(self, *, seed: int = 0, limits: Limits = Limits()) -> LocalSession:  # noqa: B008 -- frozen
+    async def open(self, *, seed: int = 0, limits: Limits = _DEFAULT_LIMITS) -> LocalSession:
         """A new session: a fresh interpreter, empty /work and /tmp, module-level random numbers from ``seed``.
 
         Raises:

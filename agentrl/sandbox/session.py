@@ -30,6 +30,7 @@ FILE_SECONDS = 20.0
 CLOSE_SECONDS = 10.0
 _CPU_TICKS = 0.1  # how finely the kernel measures before it enforces RLIMIT_CPU
 _CHUNK_BYTES = 256 * 1024
+_GONE = "variables and files are lost"
 _REPORTED = {ExecStatus.OK, ExecStatus.ERROR, ExecStatus.TIMEOUT, ExecStatus.MEMORY}
 
 
@@ -94,8 +95,12 @@ class Channel:
             self._socket.shutdown(socket.SHUT_WR)  # not close: a forked child of ours may hold a copy
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Give the descriptor back; a reader that still waits is left to its own deadline."""
         self.hang_up()
+        descriptor = self._socket.fileno()
+        if descriptor >= 0:
+            self._loop.remove_reader(descriptor)
+            self._loop.remove_writer(descriptor)
         self._socket.close()
 
     def _parse(self, max_body: int) -> tuple[dict[str, Any], bytes] | None:
@@ -117,7 +122,8 @@ class Channel:
         try:
             await ready.wait()
         finally:
-            remove(descriptor)
+            if self._socket.fileno() == descriptor:  # else it is closed, and the number may be somebody else's
+                remove(descriptor)
 
 
 class LocalSession:
@@ -260,8 +266,11 @@ class LocalSession:
         return head, content
 
     def _read_result(self, head: dict[str, Any], output: bytes, began: float) -> ExecResult:
-        status, error, cut = head.get("status"), head.get("error"), head.get("cut")
-        if status not in _REPORTED or not isinstance(error, str | None) or type(cut) is not int or cut < 0:
+        status: Any = head.get("status")
+        error: Any = head.get("error")
+        cut: Any = head.get("cut")
+        well_formed = isinstance(status, str) and isinstance(error, str | None) and type(cut) is int
+        if not well_formed or status not in _REPORTED or cut < 0:
             self._fail("protocol error: an answer without a valid status, error or cut")
             raise SandboxError(f"sandbox: {self._failed}; the session was killed.")
         text = output.decode("utf-8", "backslashreplace")
@@ -295,9 +304,6 @@ class LocalSession:
     def _fail(self, why: str) -> None:
         self._failed = why
         self._channel.hang_up()
-
-
-_GONE = "variables and files are lost"
 
 
 def _printable(text: str) -> str:

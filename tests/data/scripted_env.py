@@ -54,7 +54,7 @@ class Slow(Shy):
     """The same, at a speed that leaves time to kill it."""
 
     async def reward(self, task, episode):
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.2)
         return await super().reward(task, episode)
 
 

@@ -295,6 +295,7 @@ FORGED = {
     "another request": frame(b'{"id": 99, "status": "ok", "error": null, "cut": 0}'),
     "no status": frame(b'{"id": 1}'),
     "unknown status": frame(b'{"id": 1, "status": "great", "error": null, "cut": 0}'),
+    "status of a wrong type": frame(b'{"id": 1, "status": [], "error": null, "cut": 0}'),
     "error of a wrong type": frame(b'{"id": 1, "status": "ok", "error": [], "cut": 0}'),
     "a large body": struct.pack("!II", 2, OUTPUT_BYTES + 1) + b"{}",
 }
