@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from agentrl.assemble import env_factory, sampling_params, use_threads
+from agentrl.assemble import env_factory, use_threads
 from agentrl.config import RunConfig, load_config
 from agentrl.demonstrations import Tokens, encode, record
 from agentrl.errors import ConfigError, RunFolderError, UserError
@@ -88,8 +88,10 @@ def run_train(
     Raises:
         RunFolderError: the folder is in use, holds a run already, or holds none to resume.
         ConfigError: a resume with another value than the run's for something else.
+        UserError: something that can be told before there is a run folder.
     """
     if config is not None:
+        _check_inputs(config)
         text = Path(toml).read_text() if toml else None
         values = config.model_dump(mode="json")
         keep = config.train.keep_checkpoints
@@ -104,6 +106,15 @@ def run_train(
                 "--train.steps a larger number."
             )
         return train_with_bar(config, run)
+
+
+def _check_inputs(config: RunConfig) -> TaskStream:
+    """Stumble now over what a run would stumble over later; the training tasks."""
+    from agentrl.learner.checkpoint import load_tokenizer
+
+    tasks = TaskStream(env_factory(config)().tasks("train"), config.seed)
+    Renderer(load_tokenizer(config.policy.path), config.policy.tool_format)
+    return tasks
 
 
 def _resumed_config(run: RunFolder, overrides: Mapping[str, Any]) -> RunConfig:
@@ -140,12 +151,9 @@ def dry_run(config: RunConfig) -> None:
     from agentrl.learner.checkpoint import load_policy
     from agentrl.learner.step import Learner
 
-    env = env_factory(config)()
-    tasks = TaskStream(env.tasks("train"), config.seed)
-    model, tokenizer = load_policy(config.policy.path, config.policy.device)
-    Renderer(tokenizer, config.policy.tool_format)
+    tasks = _check_inputs(config)
+    model, _ = load_policy(config.policy.path, config.policy.device)
     Learner(model, config)
-    sampling_params(config)
     print(json.dumps(config.model_dump(mode="json"), indent=2))
     print(f"ok: {config.rollout.prompts} x {config.rollout.group} rollouts a step, first task {tasks.take(1)[0].id!r}")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -83,24 +84,34 @@ def test_a_function_without_descriptions_is_refused():
 
 
 async def test_calls_of_one_turn_run_at_the_same_time_and_keep_their_order():
-    calls = (ToolCall("a", "nap", {"seconds": 0.05}), ToolCall("b", "nap", {"seconds": 0.049}))
-    began = time.perf_counter()
-    results = await dispatch_all(TOOLS, calls)
-    assert time.perf_counter() - began < 0.09
-    assert [(r.call_id, r.content, r.error) for r in results] == [("a", "slept 0.05", None), ("b", "slept 0.049", None)]
-    assert all(r.seconds > 0.04 for r in results)
+    both = asyncio.Barrier(2)  # one after the other, they would wait for ever
+
+    @tool(timeout=10)
+    async def meet(name: str) -> str:
+        """Wait for the other.
+
+        Args:
+            name: who waits.
+        """
+        await both.wait()
+        await asyncio.sleep(0.02 if name == "slow" else 0)
+        return name
+
+    calls = (ToolCall("a", "meet", {"name": "slow"}), ToolCall("b", "meet", {"name": "fast"}))
+    results = await dispatch_all({"meet": meet}, calls)
+    assert [(r.call_id, r.content, r.error) for r in results] == [("a", "slow", None), ("b", "fast", None)]
 
 
 async def test_synchronous_tools_do_not_block_each_other():
+    both = threading.Barrier(2, timeout=10)
+
     @tool
     def block() -> str:
-        """Block a thread."""
-        time.sleep(0.05)
+        """Block a thread until the other one is there."""
+        both.wait()
         return "done"
 
-    began = time.perf_counter()
     results = await dispatch_all({"block": block}, (ToolCall("a", "block"), ToolCall("b", "block")))
-    assert time.perf_counter() - began < 0.09
     assert [r.content for r in results] == ["done", "done"]
 
 

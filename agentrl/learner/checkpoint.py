@@ -24,21 +24,15 @@ def load_policy(folder: str | Path, device: str = "auto") -> tuple[Any, Any]:
     Raises:
         UserError: not such a folder, or its tokenizer has entries that the model has no rows for.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar per file would break ours
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"policy {str(folder)!r}: expected a Hugging Face folder with a config.json. Give --policy.path a folder "
-            "written by save_pretrained; `agentrl demo` makes a tiny one."
-        )
+    tokenizer = load_tokenizer(folder)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path).to(where)
-    except (OSError, ValueError, KeyError) as error:
+        model = AutoModelForCausalLM.from_pretrained(Path(folder)).to(where)
+    except Exception as error:  # transformers, safetensors and torch raise many unrelated types
         raise UserError(f"policy {str(folder)!r} cannot be loaded: {error}") from error
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -47,6 +41,26 @@ def load_policy(folder: str | Path, device: str = "auto") -> tuple[Any, Any]:
             "belong together."
         )
     return model, tokenizer
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a policy.
+
+    Raises:
+        UserError: not a Hugging Face folder.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"policy {str(folder)!r}: expected a Hugging Face folder with a config.json. Give --policy.path a folder "
+            "written by save_pretrained; `agentrl demo` makes a tiny one."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers and tokenizers raise many unrelated types
+        raise UserError(f"the tokenizer of policy {str(folder)!r} cannot be loaded: {error}") from error
 
 
 def save_checkpoint(folder: Path, learner: Learner, tokenizer: Any, state: dict[str, Any]) -> None:

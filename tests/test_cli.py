@@ -1,0 +1,203 @@
+"""The command line: what it prints, where it stops, and with which exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agentrl import __version__, cli, registry
+from agentrl.cli import COMMANDS, USAGE, main
+from agentrl.config import known_keys
+from agentrl.errors import IsolationUnavailable, SamplerError, TooManyFailures
+from agentrl.trace import latest_checkpoint, read_metrics
+
+SMALL = ["--sampler.max_length=160", "--rollout.max_tokens=48", "--policy.threads=1", "--algorithm.max_refills=0"]
+TRAIN = ["--rollout.prompts=3", "--rollout.group=4", "--train.steps=2", "--train.checkpoint_every=1"]
+
+
+@pytest.fixture
+def agentrl(capsys):
+    """Run ``agentrl WORDS``: (exit status, standard output, standard error)."""
+
+    def run(*words):
+        status = 0
+        try:
+            main([str(word) for word in words])
+        except SystemExit as stop:
+            status = stop.code
+        shown = capsys.readouterr()
+        return status, shown.out, shown.err
+
+    return run
+
+
+def test_help_names_every_command(agentrl):
+    for words in ([], ["--help"], ["help"], ["train", "--help"]):
+        assert agentrl(*words) == (0, USAGE + "\n", "")
+    assert all(f"agentrl {command}" in USAGE for command in COMMANDS)
+    assert agentrl("--version")[1] == f"agentrl {__version__}\n"
+
+
+def test_keys_and_names(agentrl):
+    status, shown, _ = agentrl("keys")
+    assert status == 0
+    assert [line.split()[0] for line in shown.splitlines()] == known_keys()
+    status, shown, _ = agentrl("list")
+    assert status == 0
+    for name in (*registry.names("envs"), *registry.names("tools")):
+        assert f"  {name} " in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "unknown command 'trian': did you mean 'train'?"),
+        (["train"], "expected an environment after the command"),
+        (["train", "--policy", "x"], "expected an environment after the command"),
+        (["train", "arithmetik", "--policy", "x"], "did you mean 'arithmetic'?"),
+        (["train", "arithmetic"], "expected a Hugging Face folder"),
+        (["train", "arithmetic", "--policy"], "--policy needs a value"),
+        (["train", "arithmetic", "--policy", "x", "--out"], "--out needs a value"),
+        (
+            ["train", "arithmetic", "--train.lrr", "1"],
+            "unknown configuration key 'train.lrr': did you mean 'train.lr'?",
+        ),
+        (["train", "arithmetic", "--algorithm.name", "gpro"], "unknown algorithm 'gpro': did you mean 'grpo'?"),
+        (["train", "arithmetic", "lr=3"], "unexpected argument 'lr=3'"),
+        (["train", "arithmetic", "@", "none.toml"], "cannot read the configuration none.toml"),
+        (["train", "arithmetic", "--json", "x"], "--json does not go with this command"),
+        (["train", "--resume"], "--resume needs --out DIR"),
+        (["train", "--resume", "--out", "nowhere"], "there is no run to resume"),
+        (["train", "--resume", "--out", "nowhere", "@", "x.toml"], "@ x.toml does not go with this command"),
+        (["eval", "arithmetic"], "no policy: expected --policy DIR"),
+        (["eval", "arithmetic", "--policy", "nowhere"], "expected a Hugging Face folder"),
+        (["eval", "arithmetic", "--resume"], "--resume does not go with this command"),
+        (["eval", "arithmetic", "--policy", "x", "--eval.k", "[16]"], "eval.k contains 16, but eval.samples is 8"),
+        (["eval", "arithmetic", "--policy", "x", "--json", "no/where.json"], "no is no folder"),
+        (["sft", "--out", "x"], "expected an environment after the command"),
+        (["new"], "expected a name after the command"),
+        (["new", "Word-Count"], "cannot call an environment 'Word-Count'"),
+        (["new", "word_count", "--train.lr", "1"], "--train.lr does not go with this command"),
+        (["list", "--verbose"], "--verbose does not go with this command"),
+        (["keys", "@", "x.toml"], "@ x.toml does not go with this command"),
+        (["demo", "@", "x.toml"], "@ x.toml does not go with this command"),
+        (["check", "nowhere"], "unknown environment 'nowhere'"),
+    ],
+)
+def test_what_the_user_can_mend_is_status_2_without_a_traceback(agentrl, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    status, shown, error = agentrl(*words)
+    assert (status, shown) == (2, "")
+    assert error.startswith("agentrl: ")
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (TooManyFailures("3 of 4 episodes failed"), 3),
+        (SamplerError("the sampler is closed"), 3),
+        (IsolationUnavailable(["user namespaces"]), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_statuses(agentrl, monkeypatch, error, status):
+    def fail(words):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    found, _, shown = agentrl("train", "arithmetic")
+    assert found == status
+    assert (str(error) or "--resume --out DIR") in shown
+
+
+def test_a_programming_error_keeps_its_traceback(agentrl, monkeypatch):
+    def fail(words):
+        raise KeyError("x")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    with pytest.raises(KeyError):
+        agentrl("train", "arithmetic")
+
+
+# -- commands that work -----------------------------------------------------------------------------------------------
+
+
+def test_warm_start_from_nothing_then_evaluate(agentrl, tmp_path, scripted):
+    out = tmp_path / "policy"
+    words = ["--sft.steps", 2, "--sft.demonstrations", 8, "--sft.batch", 4, "--sft.guess_fraction", 0.5]
+    status, shown, error = agentrl("sft", scripted("Doubling"), "--out", out, *words, "--policy.threads", 1)
+    assert (status, error) == (0, "")
+    assert "policy: Qwen3 from nothing" in shown
+    assert f"policy saved in {out}" in shown.replace("\n", "")
+    target = tmp_path / "eval.json"
+    words = ["--eval.tasks", 2, "--eval.samples", 2, "--eval.k", "[1,2]", "--json", target, *SMALL]
+    status, shown, error = agentrl("eval", scripted("Doubling"), "--policy", out, *words)
+    assert (status, error) == (0, "")
+    assert "pass@2" in shown
+    assert json.loads(target.read_text())["evaluations"][0]["policy"] == str(out)
+    status, _, error = agentrl("sft", scripted("Doubling"), "--out", out)
+    assert status == 2
+    assert "exists and is not empty" in error
+
+
+def test_train_and_resume(agentrl, tmp_path, scripted, policy_folder):
+    file, out = tmp_path / "run.toml", tmp_path / "run"
+    file.write_text("[train]\nlr = 1e-4\n")
+    words = [scripted("Shy"), "--policy", policy_folder, "--out", out, *SMALL, *TRAIN]
+    status, shown, error = agentrl("train", *words, "--dry-run", "@", file)
+    assert (status, error) == (0, "")
+    assert '"lr": 0.0001' in shown
+    assert not out.exists()
+    status, shown, error = agentrl("train", *words, "@", file)
+    assert (status, error) == (0, "")
+    assert "train (dapo): 2/2" in shown
+    assert (out / "config.toml").read_text() == file.read_text()
+    assert json.loads((out / "config.json").read_text())["train"]["lr"] == 1e-4
+    status, _, error = agentrl("train", "--resume", "--out", out)
+    assert status == 2
+    assert "has done 2 of 2 steps" in error
+    status, _, error = agentrl("train", "another_env", "--resume", "--out", out, "--train.steps", 3)
+    assert status == 2
+    assert "keeps its configuration" in error
+    status, _, error = agentrl("train", scripted("Shy"), "--resume", "--out", out, "--train.steps", 3)
+    assert (status, error) == (0, "")
+    assert [row["step"] for row in read_metrics(out)] == [1, 2, 3]
+    assert latest_checkpoint(out).step == 3
+
+
+def test_a_resumed_run_uses_its_own_number_of_threads(agentrl, tmp_path, scripted, policy_folder, monkeypatch):
+    import torch
+
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    words = [scripted("Shy"), "--policy", policy_folder, "--out", tmp_path / "run", *SMALL, *TRAIN]
+    assert agentrl("train", *words)[0] == 0
+    assert asked
+    asked.clear()
+    assert agentrl("train", "--resume", "--out", tmp_path / "run", "--train.steps", 3)[0] == 0
+    assert set(asked) == {1}
+
+
+def test_check(agentrl, tmp_path, scripted):
+    target = tmp_path / "check.json"
+    status, shown, _ = agentrl("check", scripted("Doubling"), "--json", target)
+    assert status == 0
+    assert all(check["ok"] for check in json.loads(target.read_text()))
+    assert "FAIL" not in shown
+    status, shown, _ = agentrl("check", scripted("Broken"))
+    assert status == 1
+    assert "FAIL" in shown
+
+
+def test_the_command_is_installed():
+    command = Path(sys.executable).with_name("agentrl")
+    done = subprocess.run([command, "frobnicate"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("agentrl: unknown command 'frobnicate'")
