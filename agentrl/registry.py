@@ -86,6 +86,8 @@ def _load_path(spec: str) -> Callable[..., Any]:
         sys.modules[name] = module
         module_spec.loader.exec_module(module)
     else:
+        if not where or where.startswith("."):
+            raise UserError(f"cannot import {where!r} (asked for as {spec!r}): expected file.py:Class or module:Class.")
         try:
             module = importlib.import_module(where)
         except ModuleNotFoundError as error:

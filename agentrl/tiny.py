@@ -39,8 +39,7 @@ Call one as <tool_call>
 <tool_response>
 {{ message.content }}
 </tool_response>{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>
-{% else %}
-{% endif -%}
+{% else %}{{ '\n' }}{% endif -%}
 {%- elif message.role == 'assistant' -%}
 <|im_start|>assistant
 {{ message.content }}{% for call in message.tool_calls %}{{ '\n' if message.content or not loop.first }}<tool_call>

@@ -15,7 +15,7 @@ def counted(successes: list[int], samples: int) -> dict[str, tuple[int, int]]:
     return {f"task-{index}": (c, samples) for index, c in enumerate(successes)}
 
 
-# -- point estimates ------------------------------------------------------------------------------------------------
+# -- point estimates --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("successes", "samples"), [(0, 6), (1, 6), (3, 6), (5, 6), (6, 6), (1, 1)])
@@ -66,7 +66,7 @@ def test_success_counts_leave_out_what_was_not_scored() -> None:
     assert counts == {"a": Counts(1, 2), "b": Counts(0, 0), "c": Counts(1, 2)}
 
 
-# -- intervals ------------------------------------------------------------------------------------------------------
+# -- intervals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_the_same_counts_give_the_same_interval() -> None:
     assert pass_at_k(counts, 2) != pass_at_k(counts, 2, seed=1)
 
 
-# -- paired comparison ----------------------------------------------------------------------------------------------
+# -- paired comparison ------------------------------------------------------------------------------------------------
 
 
 def test_a_paired_difference_is_sharper_than_two_intervals() -> None:
@@ -202,7 +202,7 @@ def test_a_task_short_of_samples_in_either_policy_is_counted_as_excluded() -> No
     assert (found.tasks, found.excluded) == (1, 2)
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------
+# -- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_tasks_short_of_samples_are_excluded_and_counted() -> None:

@@ -68,7 +68,7 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
         yield made
 
 
-# -- creating and resuming ------------------------------------------------------------------------------------------
+# -- creating and resuming --------------------------------------------------------------------------------------------
 
 
 def test_a_new_run_says_what_was_asked_for_and_what_it_ran_on(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_other_versions_on_resume_are_said(folder: RunFolder, caplog: pytest.Log
         assert "torch 1.0 -> 2." in caplog.text
 
 
-# -- the lock -------------------------------------------------------------------------------------------------------
+# -- the lock ---------------------------------------------------------------------------------------------------------
 
 HOLD = """
 import sys
@@ -176,7 +176,7 @@ def test_a_folder_in_use_is_refused_naming_the_process(tmp_path: Path) -> None:
             RunFolder.resume(resumed.path)
 
 
-# -- metrics, failures ----------------------------------------------------------------------------------------------
+# -- metrics, failures ------------------------------------------------------------------------------------------------
 
 
 def test_a_metric_is_on_the_disk_at_once(folder: RunFolder) -> None:
@@ -216,7 +216,7 @@ def test_rollouts_of_a_step_not_done_are_named(folder: RunFolder) -> None:
         folder.read_rollouts(9)
 
 
-# -- checkpoints ----------------------------------------------------------------------------------------------------
+# -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(
     assert latest_checkpoint(folder.path) is not None
 
 
-# -- a full disk ----------------------------------------------------------------------------------------------------
+# -- a full disk ------------------------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(folder: RunFolder) -> None:
@@ -347,7 +347,7 @@ def test_a_full_disk_leaves_no_part_of_a_line_or_a_file(folder: RunFolder, monke
     assert [row["step"] for row in read_metrics(folder.path)] == [1, 2]
 
 
-# -- kill -9 --------------------------------------------------------------------------------------------------------
+# -- kill -9 ----------------------------------------------------------------------------------------------------------
 
 
 def run_killed_at(path: Path, operation: int) -> bool:

@@ -231,8 +231,8 @@ class LocalSession:
 
         Raises:
             TimeoutError: no answer in ``seconds``.
-            Ended: the process ended, by the program's doing.
-            SandboxError: it answered nonsense, or the zygote is gone. The session is killed.
+            Ended: the process ended, by the program's doing, or it sent nonsense.
+            SandboxError: the zygote is gone.
         """
         self._number += 1
         frame = wire.encode(request | {"id": self._number}, body)
@@ -258,8 +258,8 @@ class LocalSession:
                 raise SandboxError(f"sandbox: the session is gone: {self._failed}.") from error
             raise Ended("ended") from error
         except wire.ProtocolError as error:
-            self._fail(f"protocol error: {error}")
-            raise SandboxError(f"sandbox: {self._failed}; the session was killed.") from error
+            # Only the program can have written it. As an infrastructure failure it would be a way out of a bad reward.
+            raise Ended(f"broke the control protocol ({error}) and was killed") from error
         except asyncio.CancelledError:
             self._fail("a call on it was cancelled")
             raise
@@ -271,8 +271,7 @@ class LocalSession:
         cut: Any = head.get("cut")
         well_formed = isinstance(status, str) and isinstance(error, str | None) and type(cut) is int
         if not well_formed or status not in _REPORTED or cut < 0:
-            self._fail("protocol error: an answer without a valid status, error or cut")
-            raise SandboxError(f"sandbox: {self._failed}; the session was killed.")
+            raise Ended("broke the control protocol (an answer without a valid status, error or cut) and was killed")
         text = output.decode("utf-8", "backslashreplace")
         if cut:
             text += f"\n[... {cut} more bytes of output cut ...]"

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from agentrl.errors import ConfigError, SandboxError
+from agentrl.errors import ConfigError
 from agentrl.sandbox import ExecStatus, Limits, LocalSandbox
 from agentrl.sandbox.base import CODE_BYTES, OUTPUT_BYTES
 
@@ -303,10 +303,10 @@ FORGED = {
 
 @pytest.mark.parametrize("sent", FORGED.values(), ids=FORGED)
 async def test_nonsense_on_the_control_socket_kills_the_session(sandbox, session, sent):
-    with pytest.raises(SandboxError, match="protocol error"):
-        await session.exec(f"import os, time\nos.write(3, {sent!r})\ntime.sleep(5)")
-    with pytest.raises(SandboxError, match="has failed"):
-        await session.exec("1")
+    result = await session.exec(f"import os, time\nos.write(3, {sent!r})\ntime.sleep(5)")
+    assert (result.status, result.state_kept) == (ExecStatus.KILLED, False)
+    assert "control protocol" in (result.error or "")
+    assert (await session.exec("1")).status is ExecStatus.KILLED
     other = await sandbox.open()
     assert (await other.exec("1")).output == "1\n"
     await other.close()
@@ -316,5 +316,5 @@ async def test_a_forged_answer_is_no_more_than_output(session):
     head = json.dumps({"id": 1, "status": "ok", "error": None, "cut": 0}).encode()
     result = await session.exec(f"import os, time\nos.write(3, {frame(head, b'forged')!r})\ntime.sleep(0.1)")
     assert result.output == "forged"
-    with pytest.raises(SandboxError, match="protocol error"):  # now the real answer comes, to the wrong question
-        await session.exec("1")
+    late = await session.exec("1")  # now the real answer comes, to the wrong question
+    assert late.status is ExecStatus.KILLED
