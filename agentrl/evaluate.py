@@ -141,7 +141,7 @@ def table(rows: Mapping[str, Evaluation], comparisons: list[Comparison] | None =
     if comparisons:
         view.add_section()
         cells = [f"{c.difference:+.3f}\n[{c.low:+.2f}, {c.high:+.2f}]" + _excluded(c.excluded) for c in comparisons]
-        view.add_row("difference\n(paired)", *cells)
+        view.add_row("2nd - 1st\n(paired)", *cells)
     return view
 
 

@@ -75,7 +75,8 @@ def prove(model: Any, reference: Tensor, forward: Forward, *, slots: int, max_le
         piecewise = forward([Chunk(1, 0, ids[::-1][begin:]), Chunk(0, begin, ids[begin:end])])[1]
     found.append(piecewise)
     for count in (3, 27):
-        found.extend(forward([Chunk(slot, 0, ids) for slot in range(min(count, slots))]))
+        others = [Chunk(slot, 0, ids[slot % 5 :]) for slot in range(min(count, slots))]
+        found.extend(forward(others)[: len(others) : 5])
     single = next(model.parameters()).dtype == torch.float32
     tolerance = (1e-3 if single else 0.2) * float(reference.abs().max() + 1)
     apart = max(float((logits - reference).abs().max()) for logits in found)

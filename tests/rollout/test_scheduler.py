@@ -165,6 +165,18 @@ async def test_a_failure_is_tried_again(make, doubling, scripted_sampler):
     assert content(trees) == content(again), "an attempt that failed leaves no trace"
 
 
+async def test_only_what_failed_is_tried_again(make, doubling, scripted_sampler):
+    played = []
+
+    class Counted(flaky(doubling, 1)):
+        async def setup(self, task):
+            played.append(task.id)
+            await super().setup(task)
+
+    await make(Counted, scripted_sampler(ANSWER), retries=3).play(TASKS[:3], group=2, seed=0)
+    assert sorted(played) == sorted(["t0", "t1", "t2"] * 3), "two episodes each, one of them twice"
+
+
 async def test_what_fails_again_is_left_out_of_the_rewards_and_shown(make, doubling, scripted_sampler):
     scheduler = make(flaky(doubling, 2), scripted_sampler(ANSWER), retries=0, max_failures=0.5)
     trees = await scheduler.play(TASKS[:2], group=4, seed=0)

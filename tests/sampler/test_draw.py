@@ -76,7 +76,9 @@ def test_rows_do_not_know_each_other(logits, row, top_p, uniform):
     row %= len(logits)
     temperatures = torch.tensor([0.0, 0.7, 1.0, 2.0])[: len(logits)]
     mixed = torch.tensor([1.0, top_p, 0.9, 1.0])[: len(logits)]
-    together = draw(torch.as_tensor(logits), temperatures, mixed, torch.full((len(logits),), uniform).double())
+    together = draw(
+        torch.as_tensor(logits), temperatures, mixed, torch.full((len(logits),), uniform, dtype=torch.float64)
+    )
     alone = one(logits[row : row + 1], float(temperatures[row]), float(mixed[row]), uniform)
     for both, single in zip(together, alone, strict=True):
         assert torch.equal(both[row : row + 1], single)

@@ -219,6 +219,20 @@ async def test_families_of_models(name, changes):
         await sampler.close()
 
 
+@pytest.mark.parametrize("sizes", [(203, 72), (199, 50), (511, 96), (1000, 36)])
+async def test_odd_sizes_keep_their_bits_or_promise_none(sizes):
+    """Where rows are no multiple of a vector register, the last ones may take another road through the processor."""
+    vocabulary, width = sizes
+    model = build("Llama", vocab_size=vocabulary, intermediate_size=width)
+    sampler = HFSampler(model, max_slots=64, max_length=128)
+    params = [SamplingParams(9, 0.7, seed=n) for n in range(12)]
+    alone = [await sampler.sample(PROMPT[: 3 * n + 5], p) for n, p in enumerate(params)]
+    await sampler.update_weights(dict(model.named_parameters()), 0)  # nothing to reuse
+    jobs = (sampler.sample(PROMPT[: 3 * n + 5], p) for n, p in enumerate(params))
+    assert (await asyncio.gather(*jobs) == alone) or not sampler.deterministic
+    await sampler.close()
+
+
 async def test_a_mixture_of_experts_is_sampled_but_promised_no_bits():
     """An expert sees as many rows as chose it, so its matrix products depend on the batch."""
     model = build("Qwen3Moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
