@@ -5,6 +5,7 @@ Errors are printed without a traceback: exit status 2 for what the user can mend
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -68,8 +69,16 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(_fail(error, 2))
     except (TrainingError, AgentRLError) as error:
         sys.exit(_fail(error, 3))
+    except BrokenPipeError:  # `agentrl keys | head`; what is still buffered must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(_fail(f"disk full: {error}. Free some space, or choose another folder with --out.", 2))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; a run folder can be continued with: agentrl train --resume --out DIR", 130))
+        hint = "; go on with: agentrl train --resume --out DIR" if words[0] == "train" else ""
+        sys.exit(_fail(f"interrupted{hint}", 130))
 
 
 def _fail(error: object, status: int) -> int:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from agentrl._durable import disk_full_explained
 from agentrl.assemble import env_factory, use_threads
 from agentrl.config import RunConfig, load_config
 from agentrl.demonstrations import Tokens, encode, record
@@ -22,6 +23,7 @@ from agentrl.tasks import TaskStream
 from agentrl.tiny import build_model, build_tokenizer, render_texts, save_policy
 from agentrl.trace import RunFolder
 from agentrl.train import Metrics, train
+from agentrl.types import Task
 
 
 def run_sft(config: RunConfig, folder: Path) -> list[float]:
@@ -55,7 +57,9 @@ def run_sft(config: RunConfig, folder: Path) -> list[float]:
             seed=derive_seed(config.seed, "sft"),
             progress=lambda _, loss: advance(1, f"loss {loss:.3f}"),
         )
-    save_policy(model, tokenizer, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with disk_full_explained("the policy", folder):
+        save_policy(model, tokenizer, folder)
     console.print(f"policy saved in {folder}")
     return losses
 
@@ -95,8 +99,10 @@ def run_train(
         text = Path(toml).read_text() if toml else None
         values = config.model_dump(mode="json")
         keep = config.train.keep_checkpoints
+        _require_no_policy(out)
         with RunFolder.create(out, values, toml=text, environment=config.env, keep=keep) as run:
             return train_with_bar(config, run)
+    _require_no_policy(out)
     with RunFolder.resume(out) as run:
         config = _resumed_config(run, overrides or {})
         run.keep = config.train.keep_checkpoints
@@ -108,10 +114,18 @@ def run_train(
         return train_with_bar(config, run)
 
 
+def _require_no_policy(out: Path) -> None:
+    """A run folder has a ``config.json``, and so has a policy's."""
+    if (out / "config.json").is_file() and not (out / "versions.json").is_file():
+        raise RunFolderError(f"{out} is not a run folder: its config.json is not a run's. Choose another with --out.")
+
+
 def _check_inputs(config: RunConfig) -> TaskStream:
     """Stumble now over what a run would stumble over later; the training tasks."""
     from agentrl.learner.checkpoint import load_tokenizer
 
+    if not config.policy.path:
+        raise ConfigError("no policy: expected --policy DIR, a Hugging Face folder; `agentrl sft` makes a tiny one.")
     tasks = TaskStream(env_factory(config)().tasks("train"), config.seed)
     Renderer(load_tokenizer(config.policy.path), config.policy.tool_format)
     return tasks
@@ -135,6 +149,7 @@ def train_with_bar(config: RunConfig, run: RunFolder) -> Path:
             text = "no scored episode" if reward is None else f"reward {reward:.3f}"
             failures = metrics["rollout/failures"] or 0
             aloud = f"  {failures:.0f} EPISODES FAILED" if failures else ""
+            aloud += "" if metrics["rollout/groups"] else "  NOTHING TO LEARN FROM"
             advance(1, f"{text}  calls {metrics['tools/call_frequency']:.2f}{aloud}")
 
         last = asyncio.run(train(config, run, on_step=show))
@@ -152,10 +167,22 @@ def dry_run(config: RunConfig) -> None:
     from agentrl.learner.step import Learner
 
     tasks = _check_inputs(config)
+    first = tasks.take(1)[0]
+    asyncio.run(_open_episode(config, first))
     model, _ = load_policy(config.policy.path, config.policy.device)
     Learner(model, config)
     print(json.dumps(config.model_dump(mode="json"), indent=2))
-    print(f"ok: {config.rollout.prompts} x {config.rollout.group} rollouts a step, first task {tasks.take(1)[0].id!r}")
+    print(f"ok: {config.rollout.prompts} x {config.rollout.group} rollouts a step, first task {first.id!r}")
+
+
+async def _open_episode(config: RunConfig, task: Task) -> None:
+    """Begin an episode and close it: the tools exist and start."""
+    env = env_factory(config)()
+    try:
+        await env.reset(seed=config.seed, options={"task": task})
+    finally:
+        await env.close()
+        await close_shared_sandboxes()
 
 
 def run_eval(config: RunConfig, policies: list[str], target: Path | None) -> list[Evaluation]:

@@ -27,9 +27,8 @@ class {cls}(ToolEnv):
 
     def tasks(self, split: str) -> Iterable[Task]:
         """The same tasks in the same order every time; "train" and "test" must not share any."""
-        letters = "aeiou" if split == "train" else "lmnrs"
-        for seed in range(200 if split == "train" else 50):
-            word = "".join(random.Random(seed).choices(letters, k=12))
+        for seed in range(200) if split == "train" else range(200, 250):
+            word = "".join(random.Random(seed).choices("aeiou", k=12))
             answer = str(word.count(word[0]))
             yield Task(f"How many letters {{word[0]}} are in {{word}}?", answer, metadata={{"word": word}})
 

@@ -44,13 +44,19 @@ def unique_tasks(tasks: Iterable[Task], what: str) -> list[Task]:
     """``tasks`` as a list.
 
     Raises:
-        TaskError: there are none, or two have the same id.
+        TaskError: there are none, something else is among them, or two have the same id.
     """
+    if not isinstance(tasks, Iterable):
+        raise TaskError(f"{what}: expected tasks(split) to give Task records, got {tasks!r}.")
     listed = list(tasks)
     if not listed:
         raise TaskError(f"{what}: the task list is empty; expected at least one task.")
     seen: set[str] = set()
     for task in listed:
+        if not isinstance(task, Task):
+            raise TaskError(
+                f"{what}: expected Task records, got {task!r}; make them with agentrl.Task(prompt, answer)."
+            )
         if task.id in seen:
             raise TaskError(
                 f"{what}: two tasks have the id {task.id!r}; ids must be unique (leave them out to get hashes)."

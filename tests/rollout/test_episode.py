@@ -252,12 +252,12 @@ async def test_a_timeout_names_what_was_stuck(answers, episode_of, where, stuck)
     else:
         setattr(Stuck, where, hang)
     env = Stuck()
-    played, _ = await episode_of(env, *turns, deadline=0.05)
+    played, _ = await episode_of(env, *turns, deadline=0.25)
     assert (played.leaf.outcome, played.leaf.reward) == (Outcome.TIMEOUT, None)
-    assert f"task {TASK.id} did not finish within 0.05 s (rollout.deadline)" in played.leaf.error
+    assert f"task {TASK.id} did not finish within 0.25 s (rollout.deadline)" in played.leaf.error
     assert re.search(stuck, played.leaf.error)
     assert env.closed
-    assert played.leaf.seconds < 1
+    assert played.leaf.seconds < 5
 
 
 async def test_a_close_that_fails_or_hangs_is_a_failure_of_its_episode_only(answers, episode_of, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from agentrl.errors import SamplerError
-from agentrl.types import SamplingParams, StopReason
+from agentrl.types import Completion, SamplingParams, StopReason
 
 PROMPT = tuple(range(30, 71))
 FREE = SamplingParams(max_tokens=24, seed=3)
@@ -367,18 +367,22 @@ async def test_requests_in_flight_go_on_under_the_new_weights(make_sampler, make
     model = make_model()
     model.load_state_dict(moved(model), strict=False)
     model.tie_weights()
-    params = SamplingParams(300, seed=1)
-    running = asyncio.create_task(sampler.sample(PROMPT, params))
-    await asyncio.sleep(0.05)
-    await sampler.update_weights(dict(model.named_parameters()), 1)
-    done = await running
-    switch = done.policy_version.index(1)
-    assert 0 < switch < 300
-    assert done.policy_version == (0,) * switch + (1,) * (300 - switch)
-    logprobs, _ = references(model, PROMPT, done)
-    assert done.logprobs[switch:] == pytest.approx(logprobs[switch:], abs=1e-5)
-    old, _ = references(make_model(), PROMPT, done)
-    assert done.logprobs[:switch] == pytest.approx(old[:switch], abs=1e-5)
+    beside = asyncio.create_task(sampler.sample(PROMPT[:9], SamplingParams(300, seed=2)))
+    events = []
+    async for event in sampler.stream(PROMPT, SamplingParams(300, seed=1)):
+        events.append(event)
+        if len(events) == 5:
+            await sampler.update_weights(dict(model.named_parameters()), 1)
+    ids, found, entropies, versions, _ = zip(*events, strict=True)
+    done = Completion(ids, found, entropies, StopReason.LENGTH, versions)
+    for prompt, one in ((PROMPT, done), (PROMPT[:9], await beside)):
+        switch = one.policy_version.index(1)
+        assert 0 < switch < 300
+        assert one.policy_version == (0,) * switch + (1,) * (300 - switch)
+        logprobs, _ = references(model, prompt, one)
+        assert one.logprobs[switch:] == pytest.approx(logprobs[switch:], abs=1e-5)
+        old, _ = references(make_model(), prompt, one)
+        assert one.logprobs[:switch] == pytest.approx(old[:switch], abs=1e-5)
 
 
 async def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(make_sampler, make_model):
