@@ -119,17 +119,17 @@ class SamplerError(AgentRLError):
 
 
 class TrainingError(AgentRLError):
-    """The run has to stop."""
+    """The run has to stop.
+
+    Attributes:
+        sample: the offending samples, ready for JSON; the training loop saves them in the run folder.
+    """
+
+    sample: list[Any] | None = None
 
 
 class NonFiniteError(TrainingError):
-    """A loss, a gradient or a log-prob is not finite.
-
-    Attributes:
-        sample: the offending trajectories, ready for JSON; the training loop saves them.
-    """
-
-    sample: list[dict[str, Any]] | None = None
+    """A loss, a gradient or a log-prob is not finite."""
 
 
 class PolicyMismatch(TrainingError):

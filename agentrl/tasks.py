@@ -28,7 +28,7 @@ class TaskStream:
         self._epoch, self._order = -1, list(range(len(self._tasks)))
 
     def take(self, count: int) -> list[Task]:
-        """The next ``count`` tasks, without repetition while the tasks suffice for ``count``."""
+        """The next ``count`` tasks; within an epoch none comes twice."""
         return [self._next() for _ in range(count)]
 
     def _next(self) -> Task:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, pstdev
 
 from agentrl.assemble import env_factory, local_actors
 from agentrl.config import RunConfig
-from agentrl.errors import NonFiniteError
+from agentrl.errors import TrainingError
 from agentrl.learner.checkpoint import load_policy, load_state, save_checkpoint
 from agentrl.learner.step import Learner
 from agentrl.rollout.scheduler import Scheduler
@@ -47,15 +48,13 @@ async def train(config: RunConfig, folder: RunFolder, *, on_step: OnStep | None 
     async with local_actors(config, model, tokenizer, version=state["version"]) as actors:
         for step in range(state["step"] + 1, config.train.steps + 1):
             began = time.perf_counter()
-            batch = await collect(actors.scheduler, stream, config, step)
+            with saving_samples(folder, step):
+                batch = await collect(actors.scheduler, stream, config, step)
             played = time.perf_counter()
             metrics = rollout_metrics(batch)
             if batch.informative:
-                try:
+                with saving_samples(folder, step):
                     metrics |= await asyncio.to_thread(learner.step, batch.informative)
-                except NonFiniteError as error:
-                    folder.save_failure(f"step_{step:06d}", {"error": str(error), "sample": error.sample})
-                    raise
                 await actors.sampler.update_weights(learner.weights(), step)
             metrics |= {"time/rollout": played - began, "time/update": time.perf_counter() - played}
             folder.write_rollouts(step, batch.played)
@@ -69,6 +68,16 @@ async def train(config: RunConfig, folder: RunFolder, *, on_step: OnStep | None 
     last = folder.latest_checkpoint()
     assert last is not None
     return last.path
+
+
+@contextmanager
+def saving_samples(folder: RunFolder, step: int) -> Iterator[None]:
+    """Keep what made the run stop in ``failures/``."""
+    try:
+        yield
+    except TrainingError as error:
+        folder.save_failure(f"step_{step:06d}", {"error": str(error), "sample": error.sample})
+        raise
 
 
 @dataclass(slots=True)

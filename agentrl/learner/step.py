@@ -70,14 +70,15 @@ class Learner:
         """Update on ``trees``, in ``train.minibatches`` optimizer steps. Returns metrics by TRL's names.
 
         Raises:
-            NonFiniteError: a log-prob, the loss or the gradient norm is not finite; nothing was updated.
+            NonFiniteError: a log-prob, the loss or the gradient norm is not finite; that update was not made.
             PolicyMismatch: the sampler's log-probs are not the learner's.
         """
         trajectories = trajectories_of(trees, self.config)
         parts = _deal(trajectories, self.config.train.minibatches)
         history = [self._update(part, check_gap=i == 0) for i, part in enumerate(parts) if part]
         keys = {key for metrics in history for key in metrics}
-        return {key: _mean([m[key] for m in history if key in m]) for key in sorted(keys)}
+        combine = {key: sum if key.startswith("num_tokens/") else _mean for key in keys}
+        return {key: combine[key]([m[key] for m in history if key in m]) for key in sorted(keys)}
 
     def learning_rate(self, update: int) -> float:
         """Linear warm-up, constant, then linear decay to a tenth over the last ``train.decay`` of the updates."""
@@ -196,8 +197,8 @@ def _mean(values: list[float]) -> float:
 
 def _not_finite(what: str, value: float, trajectories: Sequence[Trajectory]) -> NonFiniteError:
     error = NonFiniteError(
-        f"{what} is {value}: nothing was updated. The offending batch is saved in the run folder; look for a learning "
-        "rate that is too high or log-probs of -inf."
+        f"{what} is {value}: this update was not made. The offending batch is saved in the run folder; look "
+        "for a learning rate that is too high or log-probs of -inf."
     )
     error.sample = [
         {"token_ids": t.token_ids, "policy": t.policy, "old_logprobs": t.old_logprobs, "advantage": t.advantage}

@@ -108,7 +108,9 @@ class Scheduler:
         leaves = [leaf for tree in trees for leaf in tree.leaves]
         failed = [leaf for leaf in leaves if not leaf.outcome.scored]
         if len(failed) > self._limits.max_failures * len(leaves):
-            raise TooManyFailures(
+            error = TooManyFailures(
                 f"{len(failed)} of {len(leaves)} episodes failed for reasons that are not the policy's; at most "
                 f"{self._limits.max_failures:.0%} may (rollout.max_failures). The first failure:\n{failed[0].error}"
             )
+            error.sample = [leaf.error for leaf in failed]
+            raise error
