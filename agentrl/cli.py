@@ -49,8 +49,9 @@ VALUED = {"policy", "out", "compare", "json"}
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the ``agentrl`` command."""
-    # OpenMP's threads spin while they wait; beside a busy process one training step then takes seconds, not tenths.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP's threads spin while they wait, and by default so long that beside a busy process a step takes four times
+    # as long; a short spin costs nothing on an idle machine (docs/performance.md). Read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 import random
 import re
@@ -217,7 +218,10 @@ class ToolEnv:
 
     async def _score(self, task: Task, episode: Episode) -> float:
         try:
-            reward = await self.reward(task, episode)
+            scoring = self.reward(task, episode)
+            if not inspect.isawaitable(scoring):
+                raise RewardError(f"{type(self).__name__}.reward is a plain function: make it `async def reward`.")
+            reward = await scoring
         except (EnvError, UserError):
             raise
         except Exception as error:

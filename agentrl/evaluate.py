@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
 from statistics import fmean
 from typing import Any
 
@@ -82,7 +81,7 @@ async def evaluate(config: RunConfig, policy: str, *, progress: Progress | None 
             "samples a task."
         )
     env = env_factory(config)()
-    tasks = unique_tasks(islice(env.tasks(config.eval.split), config.eval.tasks), config.eval.split)
+    tasks = unique_tasks(env.tasks(config.eval.split), config.eval.split, config.eval.tasks)
     seed = derive_seed(config.seed, "eval")
     async with actors_for(policy, config) as scheduler:
         trees = await scheduler.play(tasks, group=config.eval.samples, seed=seed, progress=progress)

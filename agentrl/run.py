@@ -125,7 +125,7 @@ def _check_inputs(config: RunConfig) -> TaskStream:
     from agentrl.learner.checkpoint import load_tokenizer
 
     if not config.policy.path:
-        raise ConfigError("no policy: expected --policy DIR, a Hugging Face folder; `agentrl sft` makes a tiny one.")
+        raise ConfigError("no policy: expected a Hugging Face folder, --policy DIR; `agentrl sft` makes a tiny one.")
     tasks = TaskStream(env_factory(config)().tasks("train"), config.seed)
     Renderer(load_tokenizer(config.policy.path), config.policy.tool_format)
     return tasks

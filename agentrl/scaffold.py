@@ -27,7 +27,7 @@ class {cls}(ToolEnv):
 
     def tasks(self, split: str) -> Iterable[Task]:
         """The same tasks in the same order every time; "train" and "test" must not share any."""
-        for seed in range(200) if split == "train" else range(200, 250):
+        for seed in range(2000) if split == "train" else range(2000, 2050):
             word = "".join(random.Random(seed).choices("aeiou", k=12))
             answer = str(word.count(word[0]))
             yield Task(f"How many letters {{word[0]}} are in {{word}}?", answer, metadata={{"word": word}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from itertools import islice
 
 from agentrl.errors import TaskError
 from agentrl.seeds import derive_seed
@@ -40,15 +41,15 @@ class TaskStream:
         return self._tasks[self._order[place]]
 
 
-def unique_tasks(tasks: Iterable[Task], what: str) -> list[Task]:
-    """``tasks`` as a list.
+def unique_tasks(tasks: Iterable[Task], what: str, limit: int | None = None) -> list[Task]:
+    """The first ``limit`` of ``tasks`` (None: all) as a list.
 
     Raises:
         TaskError: there are none, something else is among them, or two have the same id.
     """
     if not isinstance(tasks, Iterable):
         raise TaskError(f"{what}: expected tasks(split) to give Task records, got {tasks!r}.")
-    listed = list(tasks)
+    listed = list(islice(tasks, limit))
     if not listed:
         raise TaskError(f"{what}: the task list is empty; expected at least one task.")
     seen: set[str] = set()

@@ -23,8 +23,10 @@ import asyncio
 import difflib
 import inspect
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NotRequired, overload
 
@@ -82,7 +84,7 @@ class Tool:
 
 
 class FunctionTool(Tool):
-    """A plain function as a tool. A sync function runs in a thread, so that it cannot stall other episodes."""
+    """A plain function as a tool. A sync one runs in a thread of its own, so that it cannot stall other episodes."""
 
     def __init__(self, function: Callable[..., Any], *, name: str | None = None, timeout: float = 10.0) -> None:
         self.function = function
@@ -96,7 +98,7 @@ class FunctionTool(Tool):
         """Call the function."""
         if self._awaited:
             return _as_text(await self.function(*args, **kwargs))
-        return _as_text(await asyncio.to_thread(self.function, *args, **kwargs))
+        return _as_text(await _in_own_thread(lambda: self.function(*args, **kwargs)))
 
 
 @overload
@@ -162,6 +164,37 @@ async def dispatch_all(tools: Mapping[str, Tool], calls: tuple[ToolCall, ...]) -
     except* ToolInfrastructureError as errors:
         raise errors.exceptions[0] from errors
     return tuple(task.result() for task in running)
+
+
+async def _in_own_thread(work: Callable[[], Any]) -> Any:
+    """Run ``work`` in a thread of its own.
+
+    Not in asyncio's pool: a few calls that hang past their timeout would fill it, starve everybody else's calls, and
+    keep the process from ending. A thread cannot be stopped; a daemon can at least be left behind.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Any] = loop.create_future()
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        if done.done():
+            return
+        if error is None:
+            done.set_result(value)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        value: Any = None
+        error: BaseException | None = None
+        try:
+            value = work()
+        except BaseException as raised:
+            error = RuntimeError("StopIteration") if isinstance(raised, StopIteration) else raised
+        with suppress(RuntimeError):  # the loop may have been closed meanwhile
+            loop.call_soon_threadsafe(settle, value, error)
+
+    threading.Thread(target=run, name="agentrl-tool", daemon=True).start()
+    return await done
 
 
 def _function_of(found: Tool) -> Callable[..., Any]:

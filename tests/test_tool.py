@@ -197,3 +197,26 @@ async def test_fork_levels():
 
     with pytest.raises(ForkRefused, match=r"stateful.*replay"):
         await Stateful().fork()
+
+
+async def test_hung_synchronous_tools_starve_nobody():
+    release = threading.Event()
+
+    @tool(timeout=0.2)
+    def hang() -> str:
+        """Hang."""
+        release.wait(30)
+        return "late"
+
+    @tool(timeout=10)
+    def quick() -> str:
+        """Answer."""
+        return "here"
+
+    tools = {"hang": hang, "quick": quick}
+    try:
+        hung = await dispatch_all(tools, tuple(ToolCall(str(i), "hang") for i in range(40)))
+        assert {r.error for r in hung} == {"timeout"}
+        assert (await dispatch_all(tools, (ToolCall("q", "quick"),)))[0].content == "here"
+    finally:
+        release.set()
