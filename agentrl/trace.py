@@ -337,9 +337,15 @@ def _take_lock(path: Path) -> IO[str]:
         raise RunFolderError(
             f"cannot lock the run folder {path}: {error}. Its file system must support flock; choose another --out."
         ) from error
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
+    try:
+        with disk_full_explained("the lock", path):
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+    except BaseException:
+        with suppress(OSError):  # what could not be written is tried once more
+            lock.close()
+        raise
     return lock
 
 

@@ -140,7 +140,10 @@ async def _request(client: httpx.AsyncClient, method: str, path: str, body: Any)
         problem = f"HTTP {response.status_code}: {response.text[:200]}"
         if response.status_code != 429 and response.status_code < 500:
             break
-    raise SamplerError(f"{client.base_url}{path} failed: {problem}")
+    raise SamplerError(
+        f"{client.base_url}{path} failed: {problem}. Expected an OpenAI-compatible server there, as in --policy "
+        "http://127.0.0.1:8000/v1; is it running, and is OPENAI_API_KEY the one that it wants?"
+    )
 
 
 def _calls_as_text(message: Message) -> dict[str, Any]:
