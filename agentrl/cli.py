@@ -37,7 +37,7 @@ Configuration: @ file.toml, then AGENTRL_SECTION__KEY variables, then --section.
   --dry-run        check everything and print the configuration, then stop (train)
   --compare P      a second policy on the same tasks, and their paired difference (eval)
   --json FILE      write the result as JSON (eval, check)
-  --short          every part of the demo in under a minute (demo)
+  --short          every part of the demo in about a minute (demo)
 """
 
 OPTIONS = {"policy", "out", "resume", "dry_run", "compare", "json", "short"}

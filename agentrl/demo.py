@@ -27,7 +27,7 @@ from agentrl.progress import console
 from agentrl.run import evaluate_with_bar, run_sft, train_with_bar
 from agentrl.trace import RunFolder, read_metrics
 
-SHORT = {"sft.steps": 40, "sft.demonstrations": 300, "train.steps": 3, "eval.tasks": 20}
+SHORT = {"sft.steps": 110, "sft.demonstrations": 800, "train.steps": 3, "eval.tasks": 20}
 """The short form: every part runs, nothing is learnt well enough to be proud of."""
 
 
