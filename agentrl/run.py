@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from agentrl import registry
 from agentrl._durable import disk_full_explained
 from agentrl.assemble import env_factory, use_threads
 from agentrl.config import RunConfig, load_config
@@ -96,6 +97,7 @@ def run_train(
     """
     if config is not None:
         _check_inputs(config)
+        config = _anchored(config)
         text = Path(toml).read_text() if toml else None
         values = config.model_dump(mode="json")
         keep = config.train.keep_checkpoints
@@ -131,10 +133,21 @@ def _check_inputs(config: RunConfig) -> TaskStream:
     return tasks
 
 
+def _anchored(config: RunConfig) -> RunConfig:
+    """Paths made absolute, so that a run can be resumed from any folder."""
+    file, _, attribute = config.env.rpartition(":")
+    env = f"{Path(file).resolve()}:{attribute}" if file.endswith(".py") else config.env
+    local = Path(env, "__init__.py")
+    if env not in registry.names("envs") and local.is_file():
+        env = f"{local.resolve()}:ENV"
+    policy = config.policy.model_copy(update={"path": str(Path(config.policy.path).resolve())})
+    return config.model_copy(update={"env": env, "policy": policy})
+
+
 def _resumed_config(run: RunFolder, overrides: Mapping[str, Any]) -> RunConfig:
     saved = load_config(None, run.config)
     for key, value in overrides.items():
-        if key != "train.steps" and load_config(None, {**run.config, key: value}) != saved:
+        if key != "train.steps" and _anchored(load_config(None, {**run.config, key: value})) != saved:
             raise ConfigError(f"a resumed run keeps its configuration but for train.steps, got {key} = {value!r}.")
     return load_config(None, {**run.config, **overrides})
 
