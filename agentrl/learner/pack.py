@@ -3,8 +3,8 @@
 Trajectories are merged into a trie, so a group's prompt, a branch's shared beginning and even the system prompt that
 all tasks of a step share are computed once. Attention alone works on root-to-leaf rows: queries, keys and values of
 the unique tokens are gathered to ``[L, T]``, attended causally, and each token's output is taken from the first row it
-lies on. That is exact, because a token sees nothing but its own path; and it costs little, because in a language model
-of ordinary width the matrix products outweigh attention at these lengths (docs/performance.md has the measurement).
+lies on. That is exact, because a token sees nothing but its own path. The price is that a shared prefix is attended
+once per row (docs/performance.md says what that costs).
 
 Log-probs are computed once per unique target too, then gathered to ``[L, T]``, where losses are the flat published
 formulas. A branch's first token is supervised like any other: its target points at its parent token.
