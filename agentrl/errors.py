@@ -14,6 +14,8 @@
     │   ├── RewardError             the reward raised, or was None, NaN or infinite
     │   ├── ToolInfrastructureError a tool's backend failed (never the policy's fault)
     │   │   └── SandboxError        the sandbox itself failed or was lost
+    │   │       ├── SessionClosed   a session was used after its close or its program's end
+    │   │       └── SessionFrozen   a session was used after it had been forked
     │   └── DeadlineExceeded        an episode or a tool ran out of time; names what was stuck
     ├── ForkRefused                 the environment's state cannot be forked; lists why
     ├── IsolationUnavailable        this machine cannot isolate a sandbox; lists what is missing
@@ -89,12 +91,28 @@ class SandboxError(ToolInfrastructureError):
     """The sandbox failed or was lost; the program inside is not to blame."""
 
 
+class SessionClosed(SandboxError):
+    """A session was used after it had been closed, or forked after its program had ended it."""
+
+
+class SessionFrozen(SandboxError):
+    """A session was used after it had been forked: tree nodes are immutable, so fork it again and use the fork."""
+
+
 class DeadlineExceeded(EnvError):
     """A deadline passed; the message names what was stuck."""
 
 
 class ForkRefused(AgentRLError):
-    """State that cannot be forked."""
+    """State that cannot be forked.
+
+    Attributes:
+        reasons: each thing that stands in the way; empty where the message says it all.
+    """
+
+    def __init__(self, message: str, reasons: Iterable[str] = ()) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(message)
 
 
 class IsolationUnavailable(AgentRLError):

@@ -1,6 +1,6 @@
-"""Isolated Python sessions for code that a model wrote."""
+"""Isolated Python sessions, for code that a model wrote, that fork exactly."""
 
-from agentrl.sandbox.base import ExecResult, ExecStatus, Limits, Sandbox, Session
+from agentrl.sandbox.base import ExecResult, ExecStatus, Limits, Profile, Sandbox, Session
 from agentrl.sandbox.local import LocalSandbox
 
-__all__ = ["ExecResult", "ExecStatus", "Limits", "LocalSandbox", "Sandbox", "Session"]
+__all__ = ["ExecResult", "ExecStatus", "Limits", "LocalSandbox", "Profile", "Sandbox", "Session"]

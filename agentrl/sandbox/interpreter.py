@@ -89,11 +89,9 @@ Load = Callable[[ModuleType], None]
 class NumpyHook:
     """Makes numpy fit for a session when the program imports it: one thread, and its global generator seeded."""
 
-    def __init__(self, seed: int) -> None:
-        self._hooks: dict[str, Callable[[Load], Load]] = {
-            "numpy": _with_one_thread,
-            "numpy.random": lambda load: _seeding(load, seed),
-        }
+    def __init__(self) -> None:
+        self.seed = 0
+        self._hooks: dict[str, Callable[[Load], Load]] = {"numpy": _with_one_thread, "numpy.random": self._seeding}
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Numpy's ordinary spec with a wrapped loader; None for every other module."""
@@ -102,6 +100,13 @@ class NumpyHook:
         if hook and spec and spec.loader:
             setattr(spec.loader, "exec_module", hook(spec.loader.exec_module))  # noqa: B010 -- a method, replaced
         return spec
+
+    def _seeding(self, load: Load) -> Load:
+        def wrapped(module: ModuleType) -> None:
+            load(module)
+            module.seed(self.seed % 2**32)
+
+        return wrapped
 
 
 def _with_one_thread(load: Load) -> Load:
@@ -117,14 +122,6 @@ def _with_one_thread(load: Load) -> Load:
     return wrapped
 
 
-def _seeding(load: Load, seed: int) -> Load:
-    def wrapped(module: ModuleType) -> None:
-        load(module)
-        module.seed(seed % 2**32)
-
-    return wrapped
-
-
 class Interpreter:
     """The program's ``__main__`` module and what surrounds it."""
 
@@ -134,6 +131,7 @@ class Interpreter:
         self.due = 0.0
         self.interrupts = 0
         self.alarm = Alarm(signal.SIGINT, _AGAIN_SECONDS)
+        self.numpy_hook = NumpyHook()
         self._open_stream()
         self._reset()
 
@@ -162,13 +160,17 @@ class Interpreter:
 
     def adopt(self, seed: int) -> None:
         """Make this process, fresh from the zygote, the session with this ``seed``."""
-        random.seed(seed)
-        loaded = sys.modules.get("numpy.random")
-        if loaded is None:
-            sys.meta_path.insert(0, NumpyHook(seed))
-        else:
-            loaded.seed(seed % 2**32)
+        if "numpy.random" not in sys.modules:
+            sys.meta_path.insert(0, self.numpy_hook)
+        self.reseed(seed)
         self.alarm.create()
+
+    def reseed(self, seed: int) -> None:
+        """Let the module-level random numbers start from ``seed``."""
+        self.numpy_hook.seed = seed
+        random.seed(seed)
+        if "numpy.random" in sys.modules:
+            sys.modules["numpy.random"].seed(seed % 2**32)
 
     def run(self, source: bytes, deadline: float) -> Outcome:
         """Run one cell. ``SIGINT`` comes at the deadline and then again and again until the cell yields."""

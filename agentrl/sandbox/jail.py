@@ -78,11 +78,22 @@ def build(packages: Iterable[str]) -> int:
     return host_proc
 
 
-def confine(limits: Mapping[str, int], program: tuple[ctypes.Array[ctypes.c_char], int]) -> None:
+def confine(
+    limits: Mapping[str, int], program: tuple[ctypes.Array[ctypes.c_char], int], host_proc: int, number: str
+) -> int:
     """Make the calling process, just forked by the zygote into a new PID namespace, a session.
 
     What it owns at the end is in namespaces that belong to the zygote's user namespace, in which it has no rights:
-    its own user namespace has no mapped ids, and serves to count its processes apart from everybody else's.
+    its own user namespace knows one user, and serves to count its processes apart from everybody else's.
+
+    Args:
+        limits: of the session.
+        program: the seccomp filter.
+        host_proc: descriptor of a /proc; closed.
+        number: this process in it.
+
+    Returns:
+        The descriptor at which the zygote answers the calls that the filter hands over.
 
     Raises:
         Missing: a mechanism is not there.
@@ -92,21 +103,29 @@ def confine(limits: Mapping[str, int], program: tuple[ctypes.Array[ctypes.c_char
     with needs("mount, IPC and network namespaces"):
         kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWNET)
     with needs("tmpfs"):
-        flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
-        size = f"size={limits['scratch_bytes']},nr_inodes=8192,mode=0755"
-        kernel.mount("work", "/work", "tmpfs", flags, size)
-        kernel.mount("tmp", "/tmp", "tmpfs", flags, size.replace("0755", "1777"))
+        mount_scratch(limits)
     os.chdir("/work")
     with needs("user namespace of the session"):
         kernel.unshare(kernel.CLONE_NEWUSER)
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # else its files in /proc are root's
+        map_ids(host_proc, number, *(f"{UNPRIVILEGED} 0 1",) * 2)  # an unmapped user may not fork
+        os.close(host_proc)
     with needs("rlimits"):  # after the user namespace: it remembers RLIMIT_NPROC as the bound of all sessions together
         _limit(limits)
     with needs("dropping capabilities"):
         kernel.drop_capabilities()
-    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # again, after another change of rights; the zygote looks at it in /proc
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-    with needs("seccomp filter"):
-        kernel.install_filter(*program)
+    with needs("seccomp filter with user notification"):
+        return kernel.install_filter(*program)
+
+
+def mount_scratch(limits: Mapping[str, int]) -> None:
+    """Empty folders at /work and /tmp of the mount namespace that the caller is in."""
+    flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+    size = f"size={limits['scratch_bytes']},nr_inodes=8192,mode=0755"
+    kernel.mount("work", "/work", "tmpfs", flags, size)
+    kernel.mount("tmp", "/tmp", "tmpfs", flags, size.replace("0755", "1777"))
 
 
 def diagnose() -> list[str]:
@@ -156,12 +175,22 @@ def _own_user_namespace(host_proc: int) -> None:
     with needs("user and mount namespaces"):
         kernel.unshare(kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
     with needs("user namespace id maps"):
-        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
-            descriptor = os.open(f"self/{name}", os.O_WRONLY, dir_fd=host_proc)
-            try:
-                os.write(descriptor, text.encode())
-            finally:
-                os.close(descriptor)
+        _write(host_proc, "self/setgroups", "deny")
+        map_ids(host_proc, "self", f"0 {user} 1", f"0 {group} 1")
+
+
+def map_ids(proc: int, process: str, users: str, groups: str) -> None:
+    """Say which user and group of the outer namespace a process's user namespace knows."""
+    _write(proc, f"{process}/uid_map", users)
+    _write(proc, f"{process}/gid_map", groups)
+
+
+def _write(folder: int, name: str, text: str) -> None:
+    descriptor = os.open(name, os.O_WRONLY, dir_fd=folder)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
 
 
 def _enter_small_root(packages: Iterable[str]) -> None:
@@ -241,19 +270,24 @@ def _inside(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
+def at_most(value: int, most: int) -> int:
+    """``value``, or the hard limit ``most`` where that is lower."""
+    return value if most == resource.RLIM_INFINITY else min(value, most)
+
+
 def _limit(limits: Mapping[str, int]) -> None:
     values = {
         resource.RLIMIT_AS: limits["memory_bytes"],
         resource.RLIMIT_CPU: limits["cpu_seconds"],
-        resource.RLIMIT_NPROC: limits["processes"],
         resource.RLIMIT_NOFILE: limits["open_files"],
         resource.RLIMIT_FSIZE: limits["file_bytes"],
-        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CORE: 1,  # the one value that keeps a core dump from the host's handler too; see core(5)
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_SIGPENDING: _SIGNALS_QUEUED,
     }
     for kind, value in values.items():
-        _, most = resource.getrlimit(kind)
-        allowed = value if most == resource.RLIM_INFINITY else min(value, most)
+        allowed = at_most(value, resource.getrlimit(kind)[1])
         resource.setrlimit(kind, (allowed, allowed))
+    _, most = resource.getrlimit(resource.RLIMIT_NPROC)  # the hard limit stays, for forks; the filter guards it
+    resource.setrlimit(resource.RLIMIT_NPROC, (at_most(limits["processes"], most), most))

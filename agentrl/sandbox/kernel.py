@@ -23,18 +23,43 @@ MNT_DETACH = 2
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
-SECCOMP_MODE_FILTER = 2
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER = 1, 8
 CLOCK_MONOTONIC = 1
 
 _NUMBERS = {
-    "x86_64": {"pivot_root": 155, "capset": 126, "timer_create": 222, "timer_settime": 223},
-    "aarch64": {"pivot_root": 41, "capset": 91, "timer_create": 107, "timer_settime": 110},
+    "x86_64": {
+        "pivot_root": 155,
+        "capset": 126,
+        "timer_create": 222,
+        "timer_settime": 223,
+        "seccomp": 317,
+        "clone": 56,
+        "unshare": 272,
+    },
+    "aarch64": {
+        "pivot_root": 41,
+        "capset": 91,
+        "timer_create": 107,
+        "timer_settime": 110,
+        "seccomp": 277,
+        "clone": 220,
+        "unshare": 97,
+    },
 }
-_SAME_EVERYWHERE = {"close_range": 436, "mount_setattr": 442}
+_SAME_EVERYWHERE = {
+    "close_range": 436,
+    "mount_setattr": 442,
+    "landlock_create_ruleset": 444,
+    "landlock_add_rule": 445,
+    "landlock_restrict_self": 446,
+}
 _NR = {name: ctypes.c_long(nr) for name, nr in (_SAME_EVERYWHERE | _NUMBERS.get(platform.machine(), {})).items()}
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_clone = ctypes.PyDLL(None, use_errno=True).syscall  # keeps the interpreter lock: there is one thread
+_clone.restype = ctypes.c_long
+_clone.argtypes = [ctypes.c_long] * 6
 _LAST_DESCRIPTOR = ctypes.c_uint(0xFFFF_FFFF)
 _NO_CAPABILITIES_HEADER = (ctypes.c_uint32 * 2)(0x2008_0522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
 _NO_CAPABILITIES = (ctypes.c_uint32 * 6)()
@@ -51,6 +76,11 @@ def _syscall(name: str, *arguments: Any) -> int:
     return _checked(_libc.syscall(_NR[name], *arguments), name)
 
 
+def number(name: str) -> int:
+    """The number of a system call on this machine."""
+    return int(_NR[name].value)
+
+
 def unshare(flags: int) -> None:
     """Leave the namespaces named by ``flags`` for new ones."""
     _checked(_libc.unshare(flags), "unshare")
@@ -59,6 +89,35 @@ def unshare(flags: int) -> None:
 def set_pid_namespace(descriptor: int) -> None:
     """Let the next children be born into the PID namespace behind ``descriptor``."""
     _checked(_libc.setns(descriptor, CLONE_NEWPID), "setns")
+
+
+def enter_mounts(descriptor: int) -> None:
+    """Go to the mount namespace behind ``descriptor``, a namespace file or the pidfd of a process in it."""
+    _checked(_libc.setns(descriptor, CLONE_NEWNS), "setns")
+
+
+def enter_users(pidfd: int) -> None:
+    """Go to the user namespace of the process behind ``pidfd``, for good."""
+    _checked(_libc.setns(pidfd, CLONE_NEWUSER), "setns")
+
+
+FORK_FLAGS = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID
+"""Of the clone(2) that forks a session. The low byte, the signal at the child's end, is 0: no handler of the program
+runs in a frozen parent, and the program's own ``wait`` does not see the fork."""
+
+
+def clone_session() -> int:
+    """Fork this process with ``FORK_FLAGS``; 0 in the child.
+
+    A bare system call, on purpose: ``os.fork`` would run the program's at-fork handlers and reseed ``random``. What
+    it repairs in the child needs no repair here, as parent and child are both thread 1 of their PID namespace.
+    """
+    return _checked(_clone(_NR["clone"], FORK_FLAGS, 0, 0, 0, 0), "clone")
+
+
+def rendezvous() -> None:
+    """Wait for the zygote: ``unshare(0)`` changes nothing, but the session's filter stops it until it is answered."""
+    _checked(_clone(_NR["unshare"], 0, 0, 0, 0, 0), "rendezvous")
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
@@ -119,12 +178,14 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
 
 
-def install_filter(program: ctypes.Array[ctypes.c_char], length: int) -> None:
-    """Put a seccomp program of ``length`` instructions over the calling thread. There is no way back."""
-    _checked(
-        _libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(_Program(length, ctypes.addressof(program)))),
-        "seccomp",
-    )
+def install_filter(program: ctypes.Array[ctypes.c_char], length: int) -> int:
+    """Put a seccomp program of ``length`` instructions over the calling thread. There is no way back.
+
+    Returns:
+        The descriptor at which the calls that the program refers to user space are answered.
+    """
+    structure = _Program(length, ctypes.addressof(program))
+    return _syscall("seccomp", SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER, ctypes.byref(structure))
 
 
 class Alarm:

@@ -18,12 +18,6 @@ from typing import IO, Any
 from agentrl.errors import ConfigError, IsolationUnavailable, SandboxError
 from agentrl.sandbox.base import OUTPUT_BYTES
 
-PRELOAD = (
-    *("bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools", "heapq"),
-    *("itertools", "json", "math", "operator", "pathlib", "random", "re", "statistics", "string", "textwrap", "typing"),
-)
-"""Modules of the standard library that every session has already loaded."""
-
 _START_SECONDS = 30.0
 _STOP_SECONDS = 5.0
 _GREETING_BYTES = 64 * 1024
@@ -59,7 +53,7 @@ class ZygoteHandle:
         """
         if sys.platform != "linux":
             raise IsolationUnavailable([f"Linux (this is {sys.platform})"])
-        handle = cls(*_spawn(_locate(packages), preload))
+        handle = cls(*_spawn(_locate(packages), [*preload, *packages]))
         try:
             async with asyncio.timeout(_START_SECONDS):
                 greeting = await asyncio.get_running_loop().sock_recv(handle._control, _GREETING_BYTES)
@@ -88,8 +82,8 @@ class ZygoteHandle:
         except OSError:
             return False
 
-    def open(self, theirs: socket.socket, request: Mapping[str, Any]) -> None:
-        """Ask for a session that is spoken to over the other end of ``theirs``.
+    def ask(self, theirs: socket.socket, request: Mapping[str, Any]) -> None:
+        """Ask for a session or a fork that is spoken to over the other end of ``theirs``.
 
         Raises:
             SandboxError: the zygote is gone or does not keep up.

@@ -3,73 +3,81 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from agentrl.errors import ConfigError, IsolationUnavailable, SandboxError, UserError
+from agentrl.errors import IsolationUnavailable, SandboxError, UserError
 from agentrl.sandbox import probe
-from agentrl.sandbox.base import Limits
-from agentrl.sandbox.launcher import PRELOAD, ZygoteHandle
+from agentrl.sandbox import profile as profiles
+from agentrl.sandbox.base import Limits, Profile, check_seed
+from agentrl.sandbox.launcher import ZygoteHandle
 from agentrl.sandbox.session import Channel, LocalSession
+from agentrl.types import ForkLevel
 
 _OPEN_SECONDS = 20.0
 _MOST_STARTING = 16
-_DEFAULT_LIMITS = Limits()
 
 
 class LocalSandbox:
     """Opens sessions on this machine; bound to the event loop that first uses it.
 
-    The zygote starts with the first session. Its isolation is then tried out by a hostile program (``probe``), once
-    per process.
+    There is one zygote per profile, with the profile's packages imported; it starts with the profile's first session.
+    Its isolation is then tried out by a hostile program (``probe``), once per process.
 
     Args:
-        packages: installed packages that sessions may import besides the standard library; default numpy.
-        preload: modules loaded ahead, so that importing them costs a session nothing.
+        profile: what ``open`` opens by default.
 
     Example:
         ```python
         async with LocalSandbox() as sandbox:
             session = await sandbox.open(seed=1)
             result = await session.exec("1 + 1")
+            branch = await session.fork()
         ```
     """
 
-    def __init__(self, *, packages: Sequence[str] = ("numpy",), preload: Iterable[str] = PRELOAD) -> None:
-        self._packages, self._preload = tuple(packages), tuple(preload)
+    fork_level = ForkLevel.SNAPSHOT
+
+    def __init__(self, profile: str | Profile = profiles.DEFAULT) -> None:
+        self._profile = profile
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._zygote: ZygoteHandle | None = None
+        self._zygotes: dict[Profile, ZygoteHandle] = {}
         self._sessions: set[LocalSession] = set()
+        self._names = itertools.count(1)
         self._starting = asyncio.Lock()
         self._places = asyncio.Semaphore(_MOST_STARTING)
         self._closed = False
 
-    async def open(self, *, seed: int = 0, limits: Limits = _DEFAULT_LIMITS) -> LocalSession:
+    async def open(
+        self, profile: str | Profile | None = None, *, seed: int = 0, limits: Limits | None = None
+    ) -> LocalSession:
         """A new session: a fresh interpreter, empty /work and /tmp, module-level random numbers from ``seed``.
 
         Raises:
+            UnknownName: no such profile.
+            ConfigError: a package of the profile is not installed, or the seed is not an integer.
             IsolationUnavailable: this machine cannot isolate a session; lists what is missing.
             SandboxError: the session could not be started, or this manager is closed.
             UserError: the manager belongs to another event loop.
-            ConfigError: the seed is not an integer.
         """
-        if not isinstance(seed, int):
-            raise ConfigError(f"a sandbox seed is an integer, got {seed!r}.")
+        check_seed(seed)
+        chosen = profiles.resolve(profile, self._profile)
         self._check_loop()
         async with self._starting:
-            zygote = await self._running()
-        return await self._open(zygote, seed, limits)
+            zygote = await self._running(chosen)
+        return await self._open(zygote, seed, limits or chosen.limits)
 
     async def close(self) -> None:
-        """Close every session and stop the zygote; returns when no process is left. Safe to call twice."""
+        """Close every session and stop the zygotes; returns when no process is left. Safe to call twice."""
         self._check_loop()
         self._closed = True
         async with self._starting:
-            zygote, self._zygote = self._zygote, None
-            if zygote is not None:
+            zygotes, self._zygotes = self._zygotes, {}
+            for zygote in zygotes.values():
                 await zygote.stop()
             for session in tuple(self._sessions):
                 await session.close()
@@ -92,22 +100,23 @@ class LocalSandbox:
                 "make one LocalSandbox per event loop."
             )
 
-    async def _running(self) -> ZygoteHandle:
-        """The zygote: the one there is, or a new one if there is none or it has died."""
+    async def _running(self, profile: Profile) -> ZygoteHandle:
+        """The profile's zygote: the one there is, or a new one if there is none or it has died."""
         if self._closed:
             raise SandboxError("this LocalSandbox is closed: make another one.")
-        if self._zygote is not None and not self._zygote.alive:
-            dead, self._zygote = self._zygote, None
-            await dead.stop()
-        if self._zygote is None:
-            zygote = await ZygoteHandle.start(self._packages, self._preload)
+        zygote = self._zygotes.get(profile)
+        if zygote is not None and not zygote.alive:
+            await self._zygotes.pop(profile).stop()
+            zygote = None
+        if zygote is None:
+            zygote = await ZygoteHandle.start(profile.packages, profile.preload)
             try:
                 await self._probe(zygote)
             except BaseException:
                 await zygote.stop()
                 raise
-            self._zygote = zygote
-        return self._zygote
+            self._zygotes[profile] = zygote
+        return zygote
 
     async def _probe(self, zygote: ZygoteHandle) -> None:
         if probe.passed():
@@ -122,18 +131,11 @@ class LocalSandbox:
 
     async def _open(self, zygote: ZygoteHandle, seed: int, limits: Limits) -> LocalSession:
         async with self._places:
+            manager = _Manager(self, zygote)
+            name = manager.next_name()
+            channel = manager.ask({"op": "open", "name": name, "seed": seed, "limits": asdict(limits)})
+            session = LocalSession(manager, channel, name, limits, seed)
             try:
-                ours, theirs = socket.socketpair()
-            except OSError as error:
-                raise SandboxError(f"no descriptors left for a session ({error}); raise `ulimit -n`.") from error
-            ours.setblocking(False)
-            channel = Channel(ours)
-            try:
-                with theirs:
-                    zygote.open(theirs, {"seed": seed, "limits": asdict(limits)})
-                session = LocalSession(
-                    channel, limits, lambda: None if zygote.alive else "the sandbox's zygote is gone"
-                )
                 async with asyncio.timeout(_OPEN_SECONDS):
                     await session.ready()
             except TimeoutError as error:
@@ -142,6 +144,43 @@ class LocalSandbox:
             except BaseException:
                 channel.close()
                 raise
-        self._sessions.add(session)
-        session.on_close = lambda: self._sessions.discard(session)
+        manager.adopt(session)
         return session
+
+
+class _Manager:
+    """What the sessions of one zygote share; see ``agentrl.sandbox.session.Owner``."""
+
+    def __init__(self, sandbox: LocalSandbox, zygote: ZygoteHandle) -> None:
+        self._sandbox, self._zygote = sandbox, zygote
+
+    def backend_failed(self) -> str | None:
+        return None if self._zygote.alive else "the sandbox's zygote is gone"
+
+    async def start_fork(self, parent: LocalSession, name: int) -> Channel:
+        return self.ask({"op": "fork", "parent": parent.name, "name": name})
+
+    def adopt(self, session: LocalSession) -> None:
+        self._sandbox._sessions.add(session)
+
+    def forget(self, session: LocalSession) -> None:
+        self._sandbox._sessions.discard(session)
+
+    def next_name(self) -> int:
+        return next(self._sandbox._names)
+
+    def ask(self, request: Mapping[str, Any]) -> Channel:
+        """Send the zygote a request with one end of a new socket pair; a channel over the other end."""
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise SandboxError(f"no descriptors left for a session ({error}); raise `ulimit -n`.") from error
+        ours.setblocking(False)
+        channel = Channel(ours)
+        try:
+            with theirs:
+                self._zygote.ask(theirs, request)
+        except BaseException:
+            channel.close()
+            raise
+        return channel

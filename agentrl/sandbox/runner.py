@@ -11,11 +11,12 @@ import os
 import stat
 from typing import Any, NoReturn
 
-from agentrl.sandbox import wire
+from agentrl.sandbox import cloning, wire
 from agentrl.sandbox.interpreter import SESSION_PID, Interpreter
 
 CONTROL = 3
 """The descriptor of the control socket."""
+_CHUNK_BYTES = 64 * 1024
 
 
 def _put(path: str, data: bytes) -> None:
@@ -38,19 +39,18 @@ def _get(path: str, cap: int) -> bytes:
 
 
 def _receive() -> tuple[dict[str, Any], bytes]:
-    """The next request; ends the process when the manager has gone."""
-    head, body = wire.HEADER.unpack(_read(wire.HEADER.size))
-    return wire.decode_head(_read(head)), _read(body)
-
-
-def _read(size: int) -> bytes:
-    data = b""
+    """The next request; ends the process when the manager has gone. There is never more than one under way."""
+    start, data = wire.HEADER.size, b""
+    size = start
     while len(data) < size:
-        chunk = os.read(CONTROL, size - len(data))
+        chunk = os.read(CONTROL, _CHUNK_BYTES)
         if not chunk:
             os._exit(0)
         data += chunk
-    return data
+        if len(data) >= start:
+            head, body = wire.HEADER.unpack_from(data)
+            size = start + head + body
+    return wire.decode_head(data[start : start + head]), data[start + head :]
 
 
 def send(head: dict[str, Any], body: bytes = b"") -> None:
@@ -58,6 +58,33 @@ def send(head: dict[str, Any], body: bytes = b"") -> None:
     rest = memoryview(wire.encode(head, body))
     while rest:
         rest = rest[os.write(CONTROL, rest) :]
+
+
+def open_output() -> None:
+    """Let descriptors 1 and 2 end in a file without a name."""
+    printed = os.open("/tmp", os.O_TMPFILE | os.O_RDWR | os.O_APPEND)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    os.close(printed)
+
+
+def _fork(interpreter: Interpreter, request: dict[str, Any]) -> dict[str, Any]:
+    """Fork this session; what to tell the manager, in the parent and in the child, each on its own socket."""
+    try:
+        if not cloning.fork(CONTROL):
+            return {"id": request["id"], "forked": True}
+        interpreter.alarm.create()  # timers are not inherited
+        if request["rng"] == "derive":
+            interpreter.reseed(request["seed"])
+    except cloning.Stranded as error:
+        if error.furnished:
+            send({"reasons": [str(error)]})
+        os._exit(1)
+    except cloning.CannotFork as refusal:
+        return {"id": request["id"], "reasons": refusal.args}
+    except OSError as error:
+        return {"id": request["id"], "errno": error.errno, "strerror": error.strerror}
+    return {"ready": True}
 
 
 def serve(interpreter: Interpreter) -> NoReturn:
@@ -73,6 +100,8 @@ def serve(interpreter: Interpreter) -> NoReturn:
             if os.getpid() != SESSION_PID:
                 os._exit(0)  # a process that the program forked ends with the cell
             answer, reply["cut"] = interpreter.output.take()
+        elif request["op"] == "fork":
+            reply = _fork(interpreter, request)
         else:
             try:
                 if request["op"] == "put":

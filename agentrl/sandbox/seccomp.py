@@ -2,10 +2,13 @@
 
 The filter (classic BPF over ``struct seccomp_data``, see seccomp(2)) allows what a Python program needs for files,
 memory, threads, children, waiting and time. Whatever is not listed fails with EPERM, or with ENOSYS where a C library
-is meant to fall back to an older call. There is no ``execve``, ``socket``, ``ptrace``, ``mount``, ``unshare``,
+is meant to fall back to an older call. There is no ``execve``, ``socket``, ``ptrace``, ``mount``, ``setns``,
 ``bpf``, ``io_uring_setup``, ``memfd_create``, SysV IPC or key ring. A call of another ABI (x32, i386) kills.
 
-Runs inside the zygote, so it imports nothing but the standard library.
+Three calls stop and wait for the zygote's verdict (``forks.py``), which is EPERM unless a fork was asked for: the very
+clone(2) that forks a session, unshare(0), with which runner and zygote meet, and capset(2).
+
+Runs inside the zygote, so it imports nothing but the standard library and its neighbours.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import errno
 import platform
 import struct
 from itertools import pairwise
+
+from agentrl.sandbox.kernel import FORK_FLAGS
 
 ALLOWED = {
     "files": """read:0:63 write:1:64 open:2: close:3:57 stat:4: fstat:5:80 lstat:6: lseek:8:62 pread64:17:67
@@ -41,7 +46,7 @@ ALLOWED = {
         futex_waitv:449:449 rseq:334:293 arch_prctl:158: gettid:186:178 getpid:39:172 getppid:110:173 getpgrp:111:
         getpgid:121:155 setpgid:109:154 getsid:124:156 setsid:112:157 getuid:102:174 geteuid:107:175 getgid:104:176
         getegid:108:177 getresuid:118:148 getresgid:120:150 getgroups:115:158 capget:125:90 getrlimit:97:163
-        setrlimit:160:164 prlimit64:302:261 getrusage:98:165 getpriority:140:141 sched_yield:24:124
+        getrusage:98:165 getpriority:140:141 sched_yield:24:124
         sched_getaffinity:204:123 sched_getscheduler:145:120 sched_getparam:143:121 sched_get_priority_max:146:125
         sched_get_priority_min:147:126 getcpu:309:168""",
     "signals": """rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 rt_sigpending:127:136
@@ -53,7 +58,17 @@ ALLOWED = {
 }
 """``name:x86_64:aarch64``; a number is left out where the architecture has no such call."""
 
-CHECKED = {"clone": (56, 220), "ioctl": (16, 29), "prctl": (157, 167), "fcntl": (72, 25), "socketpair": (53, 199)}
+CHECKED = {
+    "clone": (56, 220),
+    "ioctl": (16, 29),
+    "prctl": (157, 167),
+    "fcntl": (72, 25),
+    "socketpair": (53, 199),
+    "setrlimit": (160, 164),
+    "prlimit64": (302, 261),
+    "unshare": (272, 97),
+    "capset": (126, 91),
+}
 """Calls whose arguments decide."""
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000_003E), "aarch64": (1, 0xC000_00B7)}
@@ -71,13 +86,16 @@ _PRCTL_HARMLESS = (
     39,
     0x5356_4D41,
 )  # SET_NAME GET_NAME GET_SECCOMP CAPBSET_READ GET_NO_NEW_PRIVS SET_VMA
+_FIXED_LIMITS = (4, 6)
+"""RLIMIT_CORE: lowered from 1 to 0 it would let a core dump reach the host's handler. RLIMIT_NPROC: only the soft limit
+is the session's own, because its forks' count in it."""
 _F_SETPIPE_SZ = 1031
 _AF_UNIX = 1
 
 _LOAD, _RETURN = 0x20, 0x06
 _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_SET = 0x15, 0x35, 0x45
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
-_ALLOW, _KILL = 0x7FFF_0000, 0x8000_0000
+_ALLOW, _KILL, _ASK = 0x7FFF_0000, 0x8000_0000, 0x7FC0_0000
 _DENY = 0x0005_0000 | errno.EPERM
 _ABSENT = 0x0005_0000 | errno.ENOSYS
 _NOT_A_TERMINAL = 0x0005_0000 | errno.ENOTTY
@@ -116,7 +134,18 @@ def instructions(machine: str) -> list[Instruction]:
     if machine == "x86_64":
         program += [(_JUMP_GREATER_EQUAL, 0, 1, _X32_BIT), (_RETURN, 0, 0, _KILL)]
     checks = {
-        "clone": [_argument(0), (_JUMP_SET, 0, 1, _NEW_NAMESPACES), _give(_DENY), _give(_ALLOW)],
+        "clone": [
+            *(_argument(0), (_JUMP_EQUAL, 0, 1, FORK_FLAGS), _give(_ASK)),
+            *((_JUMP_SET, 0, 1, _NEW_NAMESPACES), _give(_DENY), _give(_ALLOW)),
+        ],
+        "unshare": [_argument(0), (_JUMP_EQUAL, 0, 1, 0), _give(_ASK), _give(_DENY)],
+        "capset": [_give(_ASK)],
+        "setrlimit": [*_unless_in(0, _FIXED_LIMITS), _give(_DENY)],
+        "prlimit64": [
+            *_unless_in(1, _FIXED_LIMITS),
+            *(_argument(2), (_JUMP_EQUAL, 1, 0, 0), _give(_DENY)),
+            *(_argument(2, high=True), (_JUMP_EQUAL, 1, 0, 0), _give(_DENY), _give(_ALLOW)),
+        ],
         "ioctl": _one_of(1, _TERMINAL_QUERIES, _NOT_A_TERMINAL),
         "prctl": _one_of(0, _PRCTL_HARMLESS, _DENY),
         "fcntl": [_argument(1), (_JUMP_EQUAL, 0, 1, _F_SETPIPE_SZ), _give(_DENY), _give(_ALLOW)],
@@ -131,9 +160,15 @@ def _give(verdict: int) -> Instruction:
     return (_RETURN, 0, 0, verdict)
 
 
-def _argument(index: int) -> Instruction:
-    """Load the low half of an argument: the kernel takes these as 32-bit values too."""
-    return (_LOAD, 0, 0, _FIRST_ARGUMENT + 8 * index)
+def _argument(index: int, *, high: bool = False) -> Instruction:
+    """Load one half of an argument; the low one is all that the kernel looks at where it takes a 32-bit value."""
+    return (_LOAD, 0, 0, _FIRST_ARGUMENT + 8 * index + 4 * high)
+
+
+def _unless_in(index: int, values: tuple[int, ...]) -> list[Instruction]:
+    """Allow unless the argument is one of ``values``; then go on after these instructions."""
+    tests = [(_JUMP_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
+    return [_argument(index), *tests, _give(_ALLOW)]
 
 
 def _one_of(index: int, values: tuple[int, ...], otherwise: int) -> list[Instruction]:

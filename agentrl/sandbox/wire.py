@@ -25,13 +25,13 @@ def encode(head: dict[str, Any], body: bytes = b"") -> bytes:
     return HEADER.pack(len(text), len(body)) + text + body
 
 
-def frame_length(header: bytes, max_body: int) -> tuple[int, int]:
+def frame_length(header: bytes | bytearray, max_body: int) -> tuple[int, int]:
     """Lengths of the JSON object and of the raw bytes, from the first ``HEADER.size`` bytes of a frame.
 
     Raises:
         ProtocolError: one of them is above its cap.
     """
-    head, body = HEADER.unpack(header)
+    head, body = HEADER.unpack_from(header)
     if head > HEAD_BYTES or body > max_body:
         raise ProtocolError(f"a frame of {head} + {body} bytes; the caps are {HEAD_BYTES} + {max_body}")
     return head, body

@@ -4,10 +4,10 @@ Two processes, in fact: a parent that builds the jail and then only waits, and i
 PID namespace. When that child ends, for whatever reason, the kernel kills every session with it. It ends when the
 manager closes the control socket, and when the manager dies.
 
-The control socket (SOCK_SEQPACKET, JSON) carries one greeting out and then only requests in: "open", with the
-session's end of a socket pair. The zygote keeps a copy of that end. When the manager hangs up, it kills the session;
-when the session ends, it reaps it, writes how it ended into the socket and closes it, so that whoever reads the end
-of file knows that no process is left.
+The control socket (SOCK_SEQPACKET, JSON) carries one greeting out and then only requests in: "open" and "fork", with
+the new session's end of a socket pair. The zygote keeps a copy of that end. When the manager hangs up, it kills the
+session; when the session ends, it writes how it ended into the socket and closes it, so that whoever reads the end of
+file knows that no process is left.
 
 Runs on its own, so it imports nothing but the standard library and its neighbours.
 """
@@ -17,6 +17,8 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]
 import builtins
 import contextlib
+import fcntl
+import functools
 import gc
 import importlib
 import json
@@ -27,9 +29,13 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from agentrl.sandbox import interpreter, jail, kernel, runner, seccomp, wire
+from agentrl.sandbox import forks, interpreter, jail, kernel, runner, seccomp
+from agentrl.sandbox.forks import Notary, Pending, Process
+from agentrl.sandbox.inspection import Proc
+from agentrl.sandbox.watchdog import Watchdog
 
 _PACKET_BYTES = 4096
 _ONE_DESCRIPTOR = socket.CMSG_LEN(4)
@@ -38,92 +44,179 @@ _ONE_DESCRIPTOR = socket.CMSG_LEN(4)
 class Zygote:
     """Forks sessions, kills them when the manager hangs up, reaps them when they end."""
 
-    def __init__(
-        self, control: socket.socket, manager: int, own_namespace: int, program: interpreter.Interpreter
-    ) -> None:
-        self.control, self.manager, self.own_namespace = control, manager, own_namespace
-        self.program = program
+    def __init__(self, control: socket.socket, manager: int, host_proc: int, program: interpreter.Interpreter) -> None:
+        self.control, self.manager, self.host_proc, self.program = control, manager, host_proc, program
         self.filter = seccomp.assemble()
-        self.links: dict[int, socket.SocketType] = {}  # by process id
-        self.processes: dict[int, int] = {}  # by descriptor, as long as the session is wanted
+        self.own_namespace = os.open("self/ns/pid", os.O_RDONLY, dir_fd=host_proc)
+        self.notary = Notary(host_proc, os.open("self/ns/mnt", os.O_RDONLY, dir_fd=host_proc))
+        self.watchdog = Watchdog()
+        self.processes: dict[int, Process] = {}  # by the manager's number
+        self.handlers: dict[int, Callable[[], None]] = {}  # by descriptor
         self.epoll = select.epoll()
         self.bell, ringer = socket.socketpair()
-        self.bell.setblocking(False)
-        ringer.setblocking(False)
+        self.announced, self.announcing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.bell, ringer, self.announced):
+            end.setblocking(False)
         self.ringer = ringer
         signal.set_wakeup_fd(ringer.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
 
     def run(self) -> None:
         """Serve until the manager goes away, then end every session."""
-        for watched in (self.control.fileno(), self.manager, self.bell.fileno()):
+        self._watch(self.bell.fileno(), self._reap)
+        for watched in (self.control.fileno(), self.announced.fileno(), self.manager):
             self.epoll.register(watched, select.EPOLLIN)
         while True:
-            ready = {descriptor for descriptor, _ in self.epoll.poll()}
+            ready = [descriptor for descriptor, _ in self.epoll.poll(self.watchdog.wait(self.processes))]
             if self.manager in ready:
                 return
-            for descriptor in ready & self.processes.keys():
-                self.epoll.unregister(descriptor)
-                os.kill(self.processes.pop(descriptor), signal.SIGKILL)
-            if self.bell.fileno() in ready:
-                self.bell.recv(4096)
-                self._reap()
-            if self.control.fileno() in ready:  # last: a new session may get the number of a descriptor closed above
-                data, passed, _, _ = self.control.recvmsg(_PACKET_BYTES, _ONE_DESCRIPTOR)
-                if not data:
-                    return
-                if passed:  # else there was no descriptor left, and the manager reads the end of file
-                    self._open(json.loads(data), int.from_bytes(passed[0][2], sys.byteorder))
+            # First what explains the rest: a session announces itself before it is used, and the manager asks for a
+            # fork before the session does.
+            if self.announced.fileno() in ready:
+                self._register_announced()
+            if self.control.fileno() in ready and not self._take_request():
+                return
+            handlers = [(descriptor, self.handlers.get(descriptor)) for descriptor in ready]
+            for descriptor, handler in handlers:
+                if handler is not None and self.handlers.get(descriptor) is handler:  # else an earlier one closed it
+                    handler()
+            self.watchdog.look(self.processes)
 
-    def _open(self, request: dict[str, Any], descriptor: int) -> None:
-        # SocketType: the bare C type, as the fewer objects are touched here, the fewer pages a fork has to copy
-        link = socket.SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
+    def _watch(self, descriptor: int, handler: Callable[[], None], events: int = select.EPOLLIN) -> None:
+        self.handlers[descriptor] = handler
+        self.epoll.register(descriptor, events)
+
+    def _forget(self, descriptor: int) -> None:
+        if self.handlers.pop(descriptor, None) is not None:
+            self.epoll.unregister(descriptor)
+
+    def _take_request(self) -> bool:
+        data, passed, _, _ = self.control.recvmsg(_PACKET_BYTES, _ONE_DESCRIPTOR)
+        if not data:
+            return False
+        if passed:  # else there was no descriptor left, and the manager reads the end of file
+            # SocketType: the bare C type, as the fewer objects are touched here, the fewer pages a fork has to copy
+            descriptor = int.from_bytes(passed[0][2], sys.byteorder)
+            link = socket.SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
+            request = json.loads(data)
+            (self._open if request["op"] == "open" else self._expect_fork)(request, link)
+        return True
+
+    def _open(self, request: dict[str, Any], link: socket.SocketType) -> None:
         try:
-            kernel.set_pid_namespace(self.own_namespace)  # where the last unshare left us, there is no second one
             kernel.unshare(kernel.CLONE_NEWPID)
-            process = os.fork()
+            pid = -1
+            try:
+                pid = os.fork()
+            finally:
+                if pid:
+                    kernel.set_pid_namespace(self.own_namespace)  # for the next child, which need not be a session
         except OSError as error:
-            _tell(link, {"fatal": f"a new process: {error.strerror}"})
+            forks.tell(link, {"fatal": f"a new process: {error.strerror}"})
             link.close()
             return
-        if process == 0:
-            _become_session(request, descriptor, self)
-        self.links[process] = link
-        self.processes[descriptor] = process
-        self.epoll.register(descriptor, select.EPOLLRDHUP)
+        if pid == 0:
+            _become_session(request, link.fileno(), self)
+        process = Process(request["name"], pid, link, request["limits"])
+        self.processes[process.name] = process
+        self._watch_link(process)
+
+    def _register_announced(self) -> None:
+        """A new session's process has put up its walls: note where its calls arrive and where it is in /proc."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                data, passed, _, _ = self.announced.recvmsg(_PACKET_BYTES, _ONE_DESCRIPTOR)
+                said = json.loads(data)
+                process = self.processes.get(said["name"])
+                if process is None or not passed:
+                    continue
+                process.listener = int.from_bytes(passed[0][2], sys.byteorder)
+                process.proc = Proc(self.host_proc, said["number"])
+                self._watch(process.listener, lambda root=process: self._notified(root))  # type: ignore[misc]
+                forks.tell(process.link, {"pid": said["number"]})
+
+    def _expect_fork(self, request: dict[str, Any], link: socket.SocketType) -> None:
+        parent = self.processes.get(request["parent"])
+        if parent is None or parent.pending is not None:
+            link.close()  # it has ended meanwhile
+            return
+        pending = parent.pending = Pending(request["name"], link, parent.limits)
+        self._watch(link.fileno(), lambda: self._abandon(parent, pending), select.EPOLLRDHUP)
+
+    def _abandon(self, parent: Process, pending: Pending) -> None:
+        parent.pending = None
+        self._forget(pending.link.fileno())
+        self._forget(pending.pidfd)
+        self.notary.settle(parent)
+        pending.abandon()
+
+    def _notified(self, root: Process) -> None:
+        tree = [root, *(p for p in self.processes.values() if p.listener == root.listener and p is not root)]
+        born = self.notary.answer(root.listener, tree)
+        for parent in tree:
+            pending = parent.pending
+            if pending is not None and pending.pidfd >= 0 and pending.pidfd not in self.handlers:
+                self._watch(pending.pidfd, functools.partial(self._abandon, parent, pending))
+        if born is not None:
+            self._forget(born.link.fileno())
+            self._forget(born.pidfd)
+            self.processes[born.name] = born
+            self._watch_link(born)
+            self._watch(born.pidfd, lambda: self._ended(born, *born.proc.ended()))  # type: ignore[union-attr]
+
+    def _watch_link(self, process: Process) -> None:
+        def hung_up() -> None:
+            self._forget(process.link.fileno())
+            process.kill()
+
+        self._watch(process.link.fileno(), hung_up, select.EPOLLRDHUP)
 
     def _reap(self) -> None:
+        self.bell.recv(4096)
         with contextlib.suppress(ChildProcessError):
             while True:
-                process, status, usage = os.wait4(-1, os.WNOHANG)
-                if process == 0:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+                if pid == 0:
                     return
-                link = self.links.pop(process)
-                if self.processes.pop(link.fileno(), None) is not None:
-                    self.epoll.unregister(link.fileno())
-                code = os.waitstatus_to_exitcode(status)
-                _tell(link, {"exit": code, "cpu": round(usage.ru_utime + usage.ru_stime, 3)})
-                link.close()
+                for process in self.processes.values():
+                    if process.pid == pid and process.pidfd < 0:
+                        self._ended(process, os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime)
+                        break
 
-
-def _tell(link: socket.SocketType, head: dict[str, Any]) -> None:
-    """Write a frame if there is anybody left to read it; never wait."""
-    with contextlib.suppress(OSError):
-        link.send(wire.encode(head), socket.MSG_DONTWAIT)
+    def _ended(self, process: Process, code: int | None, cpu: float) -> None:
+        """A session is gone with all its processes: say so, and let go of what belonged to it."""
+        del self.processes[process.name]
+        if process.pending is not None:
+            self._abandon(process, process.pending)
+        self._forget(process.link.fileno())
+        if process.pidfd >= 0:
+            self._forget(process.pidfd)
+            os.close(process.pidfd)
+        elif process.listener >= 0:
+            self._forget(process.listener)
+            os.close(process.listener)
+        forks.tell(process.link, {"exit": code, "cpu": round(cpu, 3), "killed_for": process.killed_for})
+        process.link.close()
 
 
 def _become_session(request: dict[str, Any], link: int, zygote: Zygote) -> NoReturn:
     """The rest of a session's life; never returns into the zygote's loop."""
     try:
-        os.dup2(link, runner.CONTROL)
-        kernel.close_from(runner.CONTROL + 1)
+        number = os.readlink("self", dir_fd=zygote.host_proc)
+        kept = (link, zygote.announcing.fileno(), zygote.host_proc)
+        aside = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 16) for descriptor in kept]  # so that none replaces another
+        for place, descriptor in enumerate(aside, runner.CONTROL):
+            os.dup2(descriptor, place)
+        announcing, host_proc = runner.CONTROL + 1, runner.CONTROL + 2
+        kernel.close_from(host_proc + 1)
         signal.set_wakeup_fd(-1)
         _signal.signal(signal.SIGCHLD, _signal.SIG_DFL)
-        jail.confine(request["limits"], zygote.filter)
-        printed = os.open("/tmp", os.O_TMPFILE | os.O_RDWR | os.O_APPEND)
-        os.dup2(printed, 1)
-        os.dup2(printed, 2)
-        os.close(printed)
+        listener = jail.confine(request["limits"], zygote.filter, host_proc, number)
+        said = json.dumps({"name": request["name"], "number": number}).encode()
+        with socket.socket(fileno=announcing) as channel:
+            socket.send_fds(channel, [said], [listener])
+        os.close(listener)
+        runner.open_output()
         zygote.program.adopt(request["seed"])
     except BaseException as error:
         runner.send({"fatal": str(error) if isinstance(error, jail.Missing) else repr(error)})
@@ -171,9 +264,7 @@ def main(config: dict[str, Any]) -> NoReturn:
             os.close(host_proc)
             os._exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) & 0xFF)
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-        own_namespace = os.open("self/ns/pid", os.O_RDONLY, dir_fd=host_proc)
-        os.close(host_proc)
-        zygote = Zygote(control, manager, own_namespace, _prepare(config))
+        zygote = Zygote(control, manager, host_proc, _prepare(config))
         control.send(b'{"ready": true}')
     except jail.Missing as error:
         control.send(json.dumps({"missing": error.args}).encode())

@@ -16,7 +16,7 @@ _package = types.ModuleType("agentrl")
 _package.__path__ = [str(_HERE / "agentrl")]
 sys.modules["agentrl"] = _package
 
-from agentrl.sandbox import LocalSandbox, session  # noqa: E402
+from agentrl.sandbox import LocalSandbox, Profile, session  # noqa: E402
 
 session.GRACE_SECONDS = 0.4
 
@@ -34,7 +34,7 @@ async def main() -> dict[str, object]:
         if str(result.status) not in attack.statuses or attack.shows not in str(result):
             broken.append(f"{attack.name}: {result.status} {result}")
 
-    async with LocalSandbox(packages=()) as sandbox:
+    async with LocalSandbox(Profile("bare")) as sandbox:
         await asyncio.gather(*(attempt(attack) for attack in attacks))
         opened = await sandbox.open()
         await opened.exec("x = 6")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from agentrl.sandbox import Limits, LocalSandbox
+from agentrl.sandbox import Limits, LocalSandbox, Profile
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -55,7 +55,7 @@ def _status(pid: int) -> dict[str, str]:
 
 async def test_how_a_session_looks_from_the_host(processes):
     kinds = ("user", "mnt", "pid", "ipc", "net", "uts")
-    async with LocalSandbox(packages=()) as sandbox:
+    async with LocalSandbox(Profile("bare")) as sandbox:
         sessions = [await sandbox.open() for _ in range(2)]
         # the first process of a namespace within the zygote's namespace
         inside = [pid for pid in processes() if len(_status(pid)["NSpid"].split()) >= 3]

@@ -16,7 +16,7 @@ def test_a_machine_that_does_not_give_a_namespace_is_refused(kind, name):
     program = f"""
         import asyncio, os
         from agentrl.errors import IsolationUnavailable
-        from agentrl.sandbox import LocalSandbox, kernel
+        from agentrl.sandbox import LocalSandbox, Profile, kernel
 
         user, group = os.geteuid(), os.getegid()
         kernel.unshare(kernel.CLONE_NEWUSER)
@@ -28,7 +28,7 @@ def test_a_machine_that_does_not_give_a_namespace_is_refused(kind, name):
 
         async def main():
             try:
-                await LocalSandbox(packages=()).open()
+                await LocalSandbox(Profile("bare")).open()
             except IsolationUnavailable as error:
                 print(error.missing)
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from agentrl.errors import ConfigError, IsolationUnavailable, SandboxError
-from agentrl.sandbox import LocalSandbox, launcher, probe
+from agentrl.sandbox import LocalSandbox, Profile, launcher, probe
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -25,7 +25,7 @@ async def test_the_probe_runs_once_per_process(monkeypatch):
 
     monkeypatch.setattr(probe, "audit", counted)
     for _ in range(2):
-        async with LocalSandbox(packages=()) as sandbox:
+        async with LocalSandbox(Profile("bare")) as sandbox:
             await sandbox.open()
             await sandbox.open()
     assert len(audits) == 1
@@ -37,7 +37,7 @@ async def test_a_wall_that_does_not_hold_is_named_and_nothing_is_left(monkeypatc
 
     monkeypatch.setattr(probe, "audit", audit)
     before = set(processes())
-    async with LocalSandbox(packages=()) as sandbox:
+    async with LocalSandbox(Profile("bare")) as sandbox:
         for _ in range(2):
             with pytest.raises(IsolationUnavailable, match="seccomp filter, network namespace") as caught:
                 await sandbox.open()
@@ -83,23 +83,23 @@ async def test_another_system_is_refused_before_anything_is_started(monkeypatch)
 async def test_an_interpreter_that_does_not_start_is_an_infrastructure_failure(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     with pytest.raises(SandboxError, match="cannot start the interpreter '/nonexistent/python'"):
-        await LocalSandbox(packages=()).open()
+        await LocalSandbox(Profile("bare")).open()
     monkeypatch.setattr(sys, "executable", "/bin/true")
     with pytest.raises(SandboxError, match="did not start"):
-        await LocalSandbox(packages=()).open()
+        await LocalSandbox(Profile("bare")).open()
 
 
 async def test_what_the_zygote_says_before_it_dies_is_in_the_message(monkeypatch):
     monkeypatch.setattr(launcher, "_BOOTSTRAP", "import sys; sys.exit('no such thing')")
     with pytest.raises(SandboxError, match="no such thing"):
-        await LocalSandbox(packages=()).open()
+        await LocalSandbox(Profile("bare")).open()
 
 
 async def test_a_package_that_is_not_installed_is_named():
     with pytest.raises(ConfigError, match="'no_such_package' is not installed"):
-        await LocalSandbox(packages=("no_such_package",)).open()
+        await LocalSandbox(Profile("odd", packages=("no_such_package",))).open()
 
 
 async def test_a_module_that_cannot_be_loaded_ahead_is_named():
     with pytest.raises(SandboxError, match="no_such_module"):
-        await LocalSandbox(packages=(), preload=("no_such_module",)).open()
+        await LocalSandbox(Profile("odd", preload=("no_such_module",))).open()

@@ -9,18 +9,23 @@ from pathlib import Path
 import pytest
 
 from agentrl.sandbox import seccomp
+from agentrl.sandbox.kernel import FORK_FLAGS
 
-ALLOW, KILL = 0x7FFF_0000, 0x8000_0000
+ALLOW, KILL, ASK = 0x7FFF_0000, 0x8000_0000, 0x7FC0_0000
 DENY, ABSENT, NO_TERMINAL = (0x0005_0000 | code for code in (errno.EPERM, errno.ENOSYS, errno.ENOTTY))
 ABI = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}
 I386, ARM = 0x4000_0003, 0x4000_0028
 MACHINES = sorted(ABI)
 
 
+def _halves(values):
+    return (value >> shift & 0xFFFF_FFFF for value in values for shift in (0, 32))
+
+
 def verdict(machine: str, number: int, *arguments: int, abi: int | None = None) -> int:
     """What the filter says to a call (classic BPF: load, compare, jump, return)."""
     words = {0: number, 4: ABI[machine] if abi is None else abi}
-    words |= {16 + 8 * i: value & 0xFFFF_FFFF for i, value in enumerate((*arguments, 0, 0, 0))}
+    words |= {16 + 4 * i: half for i, half in enumerate(_halves((*arguments, 0, 0, 0)))}
     program = seccomp.instructions(machine)
     accumulator = position = 0
     while True:
@@ -49,8 +54,9 @@ def test_exactly_the_listed_calls_are_allowed_whatever_their_arguments(machine):
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_arguments_decide(machine):
-    clone, ioctl, prctl, fcntl, socketpair = (
-        seccomp.CHECKED[n][MACHINES[::-1].index(machine)] for n in seccomp.CHECKED
+    column = MACHINES[::-1].index(machine)
+    clone, ioctl, prctl, fcntl, socketpair, setrlimit, prlimit, unshare, capset = (
+        numbers[column] for numbers in seccomp.CHECKED.values()
     )
     assert verdict(machine, clone, 0x003D_0F00) == ALLOW  # pthread_create
     for flag in (0x2_0000, 0x200_0000, 0x400_0000, 0x800_0000, 0x1000_0000, 0x2000_0000, 0x4000_0000):
@@ -62,6 +68,13 @@ def test_arguments_decide(machine):
     assert verdict(machine, fcntl, 3, 2) == ALLOW
     assert verdict(machine, fcntl, 3, 1031) == DENY
     assert [verdict(machine, socketpair, family) for family in (1, 2, 16)] == [ALLOW, DENY, DENY]
+    assert [verdict(machine, setrlimit, kind) for kind in (4, 6, 7)] == [DENY, DENY, ALLOW]
+    assert [verdict(machine, prlimit, 0, kind, 0) for kind in (4, 6, 7)] == [ALLOW] * 3  # reading
+    for pointer in (0x1000, 0x7_0000_0000, 0xFFFF_FFFF_0000_0000):
+        assert [verdict(machine, prlimit, 0, kind, pointer) for kind in (4, 6, 7)] == [DENY, DENY, ALLOW]
+    assert [verdict(machine, clone, flags) for flags in (FORK_FLAGS, FORK_FLAGS | 17)] == [ASK, DENY]
+    assert [verdict(machine, unshare, flags) for flags in (0, 0x1000_0000)] == [ASK, DENY]
+    assert verdict(machine, capset, 0x1000, 0x1000) == ASK
 
 
 def test_another_abi_kills():

@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from agentrl.errors import ConfigError
-from agentrl.sandbox import ExecStatus, Limits, LocalSandbox
+from agentrl.sandbox import ExecStatus, Limits, LocalSandbox, Profile
 from agentrl.sandbox.base import CODE_BYTES, OUTPUT_BYTES
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -219,7 +219,7 @@ async def test_random_numbers_follow_the_seed(sandbox):
 
 async def test_string_hashes_are_the_same_in_every_manager(session):
     here = await session.exec("hash('a'), list({'a', 'b', 'c'})")
-    async with LocalSandbox(packages=()) as sandbox:
+    async with LocalSandbox(Profile("bare")) as sandbox:
         there = await (await sandbox.open()).exec("hash('a'), list({'a', 'b', 'c'})")
     assert here.output == there.output
 
