@@ -120,7 +120,7 @@ class Session(Protocol):
     """A live Python interpreter in a jail. Calls on one session run one after another.
 
     A session that has been forked is *frozen*: it is a node of a tree, and nodes are immutable. To go on from it, fork
-    it again. It can still be forked, read from (``get_file``) and closed.
+    it again. It can still be forked and closed.
 
     Attributes:
         seed: what the module-level random numbers last started from.
@@ -188,6 +188,7 @@ class Session(Protocol):
             OSError: it is no regular file (links are not followed), is above ``FILE_BYTES``, or cannot be read.
             SandboxError: the sandbox failed.
             SessionClosed: the session was closed.
+            SessionFrozen: it has been forked.
         """
         ...
 

@@ -9,6 +9,8 @@ nothing but the standard library and its neighbours.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import gc
 import posix
@@ -33,12 +35,12 @@ class Stranded(Exception):
     """This is the child, and it could not be given its own files.
 
     Attributes:
-        furnished: whether its control socket is its own already.
+        code: the error number, for the exit status: there is no socket yet to say it.
     """
 
-    def __init__(self, error: BaseException, *, furnished: bool) -> None:
-        super().__init__(f"its files cannot be copied: {error}")
-        self.furnished = furnished
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.code = (error.errno if isinstance(error, OSError) else None) or errno.EIO
 
 
 class CannotFork(Exception):
@@ -49,31 +51,31 @@ def fork(control: int) -> bool:
     """Clone this session.
 
     Returns:
-        Whether this is the child, which by now has its own files and, at ``control``, its own socket.
+        Whether this is the child, which by now has its own files and, at ``control``, its own socket, put there by
+        the zygote.
 
     Raises:
         CannotFork: with the reasons.
         OSError: the zygote refused, and has told the manager why; or the kernel did.
         Stranded: in the child, which has to end.
     """
-    reasons = list(_obstacles(control))
-    try:
-        kernel.rendezvous()  # the zygote looks from outside, whether or not there are reasons here: one list for all
-    finally:
-        if reasons:
-            raise CannotFork(*reasons)
+    opened = _opened(control)
+    if reasons := list(_obstacles(opened)):
+        with contextlib.suppress(OSError):
+            kernel.rendezvous()  # the zygote adds what it sees from outside
+        raise CannotFork(*reasons)
     old = _open_roots()
     try:
         if kernel.clone_session():
             return False
-        _settle(old, control)
+        _settle(old, opened)
         return True
     finally:
         for folder in old.values():
             posix.close(folder)
 
 
-def _obstacles(control: int) -> Iterator[str]:
+def _obstacles(opened: list[int]) -> Iterator[str]:
     for name, timer in _TIMERS.items():
         if any(signal.getitimer(timer)):
             yield f"a running timer (signal.ITIMER_{name})"
@@ -83,7 +85,7 @@ def _obstacles(control: int) -> Iterator[str]:
         posix.getcwd()
     except OSError:
         yield "a working directory that was deleted"
-    for number in _opened(control):
+    for number in opened:
         status, flags = posix.fstat(number), fcntl.fcntl(number, fcntl.F_GETFL)
         if stat.S_ISDIR(status.st_mode):
             if not flags & posix.O_PATH and posix.lseek(number, 0, SEEK_CUR):
@@ -125,16 +127,13 @@ def _open_roots() -> dict[str, int]:
 # -- in the child ---------------------------------------------------------------------------------------------------
 
 
-def _settle(old: dict[str, int], control: int) -> None:
+def _settle(old: dict[str, int], opened: list[int]) -> None:
     """Wait for the new folders, fill them, turn every descriptor to them; wait until the zygote has seen to it."""
-    furnished = False
     try:
         kernel.drop_capabilities()
         here = posix.getcwd()
-        opened = [number for number in _opened(control) if number not in old.values()]
         posix.chdir("/")
         kernel.rendezvous()
-        furnished = True
         move = _Move(old)
         for root in old:
             move.copy(root)
@@ -146,7 +145,7 @@ def _settle(old: dict[str, int], control: int) -> None:
         posix.chdir(here)
         kernel.rendezvous()
     except BaseException as error:
-        raise Stranded(error, furnished=furnished) from error
+        raise Stranded(error) from error
 
 
 def _opened(control: int) -> list[int]:

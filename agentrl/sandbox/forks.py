@@ -1,19 +1,21 @@
 """The zygote's part in a fork: it inspects the parent, lets exactly one clone(2) through, and furnishes the child.
 
-A confined session cannot make namespaces. Its filter stops three calls and hands them to the zygote, which knows
-whether a fork was asked for; here is what it answers, in the order in which an honest session calls:
+A confined session cannot make namespaces. Its filter stops two calls and hands them to the zygote, which knows whether
+a fork was asked for; here is what it answers, in the order in which an honest session calls:
 
 ::
 
-    parent  unshare(0)   WAITING   look at the parent from outside; refuse with the list of what cannot be forked
-    parent  clone        INSPECTED let this one through
-    child   capset       CLONED    let it give up what its new user namespace brought
-    child   unshare(0)   CLONED    mount an empty /work and /tmp over the parent's, put the child's own control socket
-                                   in the place of the parent's
+    parent  clone        WAITING   look at the parent from outside; refuse with the list of what cannot be forked, or
+                                   let this one through
+    child   unshare(0)   CLONED    mount an empty /work and /tmp over the parent's
             (the child copies its files, opens its descriptors anew)
-    child   unshare(0)   MOUNTED   look at the child: nothing of the parent's may be left; from here on it is a session
+    child   unshare(0)   MOUNTED   look at the child: nothing of the parent's may be left but the parent's control
+                                   socket, in whose place the child's own is put; from here on it is a session
 
-Whatever comes out of this order gets EPERM. Nothing depends on the session being honest: both looks are from outside.
+A parent that already knows why it cannot be forked calls unshare(0) in place of clone, to have the list completed.
+Whatever comes out of this order gets EPERM. Nothing depends on the session being honest: both looks are from outside,
+and what the manager hears of a fork before it is born, it hears from the zygote. A parent is stopped (SIGSTOP) as long
+as no fork of it is asked for: nodes of a tree are immutable.
 
 Runs inside the zygote, so it imports nothing but the standard library and its neighbours.
 """
@@ -28,10 +30,12 @@ import resource
 import signal
 import socket
 import struct
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from agentrl.sandbox import jail, kernel, wire
+from agentrl.sandbox import jail, kernel
 from agentrl.sandbox.inspection import Proc
 from agentrl.sandbox.runner import CONTROL
 
@@ -40,6 +44,8 @@ _ANSWER = struct.Struct("=QqiI")  # struct seccomp_notif_resp: id, value, error,
 _DESCRIPTOR = struct.Struct("=QIIII")  # struct seccomp_notif_addfd: id, flags, ours, theirs, theirs' flags
 _RECEIVE, _SEND, _PUT = 0xC050_2100, 0xC018_2101, 0x4018_2103
 _CONTINUE, _AT_NUMBER = 1, 1
+_MOMENT = 0.5
+"""Seconds after which what a stopped parent did is over."""
 _STRIKES = 200
 """Every so many calls out of order, the process that makes them is killed: each costs the zygote's time."""
 
@@ -48,7 +54,6 @@ class State(Enum):
     """How far a fork has come."""
 
     WAITING = auto()
-    INSPECTED = auto()
     CLONED = auto()
     MOUNTED = auto()
 
@@ -62,41 +67,64 @@ class Process:
         pid: in the zygote's PID namespace.
         link: the session's end of its control socket; a copy.
         limits: of the session.
-        listener: where the calls of its tree are answered.
-        proc: its /proc folder; None until a session from ``open`` has announced itself.
+        proc: its folder in /proc.
+        listener: where the calls of its tree are answered; -1 until it has put up its walls.
         pidfd: of a fork, which is not a child of the zygote; -1 for others.
         parent: the session it was forked from.
-        forks: names in /proc of the processes forked from it.
+        mapped: whether its user namespace, which a fork made itself, knows its user.
+        forks: names in /proc of the processes forked from it, dead ones too: nobody waits for them.
         pending: the fork of it that is under way.
+        thawed: the time until which it was last running, where it has been forked.
         strikes: calls out of order, of the whole tree below a session from ``open``.
-        killed_for: why the zygote killed it, where it was not the manager's wish.
+        killed_for: why it was killed, where it was not the manager's wish.
     """
 
     name: int
     pid: int
     link: socket.SocketType
     limits: dict[str, int]
+    proc: Proc
     listener: int = -1
-    proc: Proc | None = None
     pidfd: int = -1
     parent: Process | None = None
+    mapped: bool = False
     forks: set[str] = field(default_factory=set)
     pending: Pending | None = None
+    thawed: float = 0.0
     strikes: int = 0
     killed_for: str | None = None
 
-    def kill(self) -> None:
-        """End it and, as it is the first process of a PID namespace, everything below."""
+    def signal(self, number: int) -> None:
+        """Send a signal, if it is still there."""
         with contextlib.suppress(ProcessLookupError):
             if self.pidfd >= 0:
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(self.pidfd, number)
             else:
-                os.kill(self.pid, signal.SIGKILL)
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it and, as it is the first process of a PID namespace, everything below."""
+        self.signal(signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """Stop it if it is a parent."""
+        if self.forks:
+            self.signal(signal.SIGSTOP)
+            self.thawed = time.monotonic()
+
+    def killed_by_parent(self) -> bool:
+        """Whether a session that it was forked from was running a moment ago: nobody else below can have killed it."""
+        above, now = self.parent, time.monotonic()
+        while above is not None:
+            if above.pending is not None or now - above.thawed < _MOMENT:
+                return True
+            above = above.parent
+        return False
 
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A fork under way: the link of the child to be, and the child once it exists."""
+    """A fork under way: the link of the child to be, and the child once it has been seen."""
 
     name: int
     link: socket.SocketType
@@ -128,10 +156,12 @@ class Notary:
     Args:
         host_proc: descriptor of a /proc in which the sessions are visible.
         own_mounts: descriptor of the zygote's mount namespace.
+        report: tells the manager something about the session with this number.
     """
 
-    def __init__(self, host_proc: int, own_mounts: int) -> None:
-        self.host_proc, self.own_mounts = host_proc, own_mounts
+    def __init__(self, host_proc: int, own_mounts: int, report: Callable[..., None]) -> None:
+        self.host_proc, self.own_mounts, self.report = host_proc, own_mounts, report
+        self.level = len(Proc(host_proc, "self").status()["NSpid"].split()) - 1  # how deep our PID namespace is
 
     def answer(self, listener: int, tree: list[Process]) -> Process | None:
         """Answer one call of a process of ``tree``, the sessions that share ``listener``.
@@ -144,10 +174,10 @@ class Notary:
             fcntl.ioctl(listener, _RECEIVE, buffer, True)
         except OSError:  # the caller has died or was interrupted
             return None
-        identity, pid, _, number, _, _, *arguments = _NOTIFICATION.unpack(buffer)
+        identity, pid, _, number, *_ = _NOTIFICATION.unpack(buffer)
         born, code, flags = None, 0, 0
         try:
-            born, flags = self._decide(tree, identity, pid, listener, number, arguments[0])
+            born, flags = self._decide(tree, identity, pid, listener, _CALLS.get(number))
         except Refused as refusal:
             code = -refusal.code
         except OSError as error:
@@ -157,39 +187,61 @@ class Notary:
         return born
 
     def settle(self, parent: Process) -> None:
-        """Put the parent's own limit of processes back, after a fork or the attempt."""
+        """Put the parent's own limit of processes back."""
         with contextlib.suppress(ProcessLookupError):
             self._let_fork(parent.pid, parent.limits, allowed=False)
 
+    def find_child(self, parent: Process, pending: Pending) -> bool:
+        """Whether the child is there; seen for the first time, it and its parent get their limits back."""
+        if pending.pid:
+            return True
+        new = [number for number in parent.proc.children() if number not in parent.forks]
+        if len(new) != 1:
+            return False
+        proc = parent.proc.sibling(new[0])
+        pids = proc.status()["NSpid"].split()
+        if pids[-1] != "1":  # in no PID namespace of its own: not made by the clone that was let through
+            return False
+        pidfd = os.pidfd_open(int(pids[self.level]))
+        if Proc.behind(self.host_proc, pidfd).number != proc.number:  # it is dead and somebody has its number
+            os.close(pidfd)
+            return False
+        parent.forks.add(proc.number)
+        pending.pid, pending.pidfd, pending.proc = int(pids[self.level]), pidfd, proc
+        self.settle(parent)
+        self._let_fork(pending.pid, pending.limits, allowed=False)
+        return True
+
     def _decide(
-        self, tree: list[Process], identity: int, pid: int, listener: int, number: int, argument: int
+        self, tree: list[Process], identity: int, pid: int, listener: int, called: str | None
     ) -> tuple[Process | None, int]:
         """(new session, flags of the answer) for one call; raises ``Refused`` or ``OSError`` where it is refused."""
-        called = _CALLS.get(number)
         for process in tree:
             if process.pid == pid:
                 return None, self._of_parent(tree, process, called)
-        parent, pending = self._expected(tree, pid)
-        if called == "capset" and pending.state is State.CLONED:
-            return None, _CONTINUE
-        if called == "unshare" and pending.state is State.CLONED:
-            self._furnish(parent, pending, identity, listener)
-            return None, 0
-        if called == "unshare" and pending.state is State.MOUNTED:
-            return self._register(parent, pending, listener), 0
+        for process in tree:
+            pending = process.pending
+            if pending is None or called != "unshare" or not self.find_child(process, pending) or pending.pid != pid:
+                continue
+            if pending.state is State.CLONED:
+                self._furnish(pending)
+                return None, 0
+            if pending.state is State.MOUNTED:
+                return self._register(process, pending, identity, listener), 0
+        self._strike(tree, pid)
         raise Refused
 
     def _of_parent(self, tree: list[Process], process: Process, called: str | None) -> int:
         pending = process.pending
-        if pending is not None and called == "unshare" and pending.state is State.WAITING:
-            assert process.proc is not None
+        if pending is not None and pending.state is State.WAITING:
+            helper = self._map_ids(process)
             reasons = process.proc.obstacles(process.forks)
-            tell(pending.link, {"reasons": reasons})
+            if helper is not None and (code := os.waitstatus_to_exitcode(os.waitpid(helper, 0)[1])):
+                raise OSError(code, "id maps")
             if reasons:
+                self.report(pending.name, refused=reasons)
+            if reasons or called != "clone":
                 raise Refused(errno.EBUSY)
-            pending.state = State.INSPECTED
-            return 0
-        if pending is not None and called == "clone" and pending.state is State.INSPECTED:
             self._let_fork(process.pid, process.limits, allowed=True)
             pending.state = State.CLONED
             return _CONTINUE
@@ -207,79 +259,59 @@ class Notary:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # it waits for its answer, so the number is still its own
 
-    def _expected(self, tree: list[Process], pid: int) -> tuple[Process, Pending]:
-        """The fork whose child this process is; it is looked at when it calls for the first time."""
-        waiting = [(process, process.pending) for process in tree if process.pending is not None]
-        for process, pending in waiting:
-            if pending.pid == pid:
-                return process, pending
-        pidfd = os.pidfd_open(pid)
+    def _furnish(self, pending: Pending) -> None:
+        kernel.enter_mounts(pending.pidfd)
         try:
-            proc = Proc.behind(self.host_proc, pidfd)
-            status = proc.status()
-            for process, pending in waiting:
-                first = status["NSpid"].split()[-1] == "1" and process.proc is not None
-                if first and not pending.pid and status["PPid"] == process.proc.number:  # type: ignore[union-attr]
-                    if pending.state is not State.CLONED:
-                        break
-                    process.forks.add(proc.number)
-                    pending.pid, pending.pidfd, pending.proc, pidfd = pid, pidfd, proc, -1
-                    return process, pending
+            jail.mount_scratch(pending.limits)
         finally:
-            if pidfd >= 0:
-                os.close(pidfd)
-        self._strike(tree, pid)
-        raise Refused
-
-    def _furnish(self, parent: Process, pending: Pending, identity: int, listener: int) -> None:
-        self._let_fork(pending.pid, pending.limits, allowed=False)
-        helper = self._map_ids(parent, pending)
-        try:
-            kernel.enter_mounts(pending.pidfd)
-            try:
-                jail.mount_scratch(pending.limits)
-            finally:
-                kernel.enter_mounts(self.own_mounts)
-        finally:
-            code = os.waitstatus_to_exitcode(os.waitpid(helper, 0)[1])
-        if code:
-            raise Refused(code)
-        fcntl.ioctl(listener, _PUT, _DESCRIPTOR.pack(identity, _AT_NUMBER, pending.link.fileno(), CONTROL, 0))
+            kernel.enter_mounts(self.own_mounts)
         pending.state = State.MOUNTED
 
-    def _map_ids(self, parent: Process, pending: Pending) -> int:
-        """Let the child's user namespace know its user, without which it could not be forked in its turn.
+    def _map_ids(self, process: Process) -> int | None:
+        """Let the user namespace of a fork know its user, without which it cannot be forked in its turn.
 
-        Only somebody in the parent's user namespace may write that, and nobody comes back from there: a process of its
-        own does it. Returns its number; it exits with an error number or 0.
+        Only somebody in its parent's user namespace may write that, and nobody comes back from there: a process of its
+        own does it. Returns its number, or None where it is done already; it exits with an error number or 0.
         """
+        parent = process.parent
+        if parent is None or process.mapped:
+            return None
+        process.mapped = True
         helper = os.fork()
         if helper:
             return helper
         code = errno.EIO
         try:
             kernel.enter_users(parent.pidfd if parent.pidfd >= 0 else os.pidfd_open(parent.pid))
-            assert pending.proc is not None
-            jail.map_ids(self.host_proc, pending.proc.number, *(f"{jail.UNPRIVILEGED} {jail.UNPRIVILEGED} 1",) * 2)
+            jail.map_ids(self.host_proc, process.proc.number, *(f"{jail.UNPRIVILEGED} {jail.UNPRIVILEGED} 1",) * 2)
             code = 0
         except OSError as error:
             code = error.errno or code
         finally:
             os._exit(code)
 
-    def _register(self, parent: Process, pending: Pending, listener: int) -> Process:
+    def _register(self, parent: Process, pending: Pending, identity: int, listener: int) -> Process:
         """The child as a session of its own, if nothing of the parent's is left in it."""
         assert pending.proc is not None
         status = pending.proc.status()
-        rights = {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")}
-        if rights != {0} or pending.proc.obstacles():
+        found = pending.proc.obstacles()
+        if any(int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")):
+            found.append("capabilities")
+        if pending.proc.socket() != os.fstat(parent.link.fileno()).st_ino:
+            found.append("another control socket")
+        if set(parent.proc.children()) - parent.forks:
+            found.append("processes of its parent that were made meanwhile")
+        if found:
+            self.report(pending.name, failed=[f"the child has {thing}" for thing in found])
             signal.pidfd_send_signal(pending.pidfd, signal.SIGKILL)
             raise Refused
-        self.settle(parent)
+        put = _DESCRIPTOR.pack(identity, _AT_NUMBER, pending.link.fileno(), CONTROL, 0)
+        fcntl.ioctl(listener, _PUT, put)
         parent.pending = None
-        tell(pending.link, {"pid": pending.proc.number})
-        born = Process(pending.name, pending.pid, pending.link, pending.limits)
-        born.listener, born.proc, born.pidfd, born.parent = listener, pending.proc, pending.pidfd, parent
+        born = Process(pending.name, pending.pid, pending.link, pending.limits, pending.proc)
+        born.listener, born.pidfd, born.parent = listener, pending.pidfd, parent
+        parent.freeze()
+        self.report(born.name, born=born.proc.number)
         return born
 
     @staticmethod
@@ -290,10 +322,4 @@ class Notary:
         resource.prlimit(pid, resource.RLIMIT_NPROC, (soft, most))
 
 
-_CALLS = {number: name for name in ("unshare", "clone", "capset") for number in [kernel.number(name)]}
-
-
-def tell(link: socket.SocketType, head: dict[str, object]) -> None:
-    """Write a frame to the manager if there is anybody left to read it; never wait."""
-    with contextlib.suppress(OSError):
-        link.send(wire.encode(head), socket.MSG_DONTWAIT)
+_CALLS = {number: name for name in ("unshare", "clone") for number in [kernel.number(name)]}

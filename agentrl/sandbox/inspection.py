@@ -13,8 +13,9 @@ from collections.abc import Collection
 from agentrl.sandbox.runner import CONTROL
 
 SCRATCH = ("work", "tmp")
+_SCRATCH = tuple(f"/{name}" for name in SCRATCH)
 _PAGE = os.sysconf("SC_PAGESIZE")
-_SHARED_MAP = re.compile(rb"^(\w+)-(\w+) (...)s \w+ (\w+:\w+) \d+ *(.*)$", re.MULTILINE)
+_SHARED_MAP = re.compile(rb"(\w+)-(\w+) (...)s \w+ (\w+:\w+) \d+ *(.*)")
 _LOCK = re.compile(r"^lock:.*$", re.MULTILINE)
 
 
@@ -41,6 +42,10 @@ class Proc:
     def children(self) -> list[str]:
         """Its children, dead ones that nobody has waited for too."""
         return self._text(f"task/{self.number}/children").split()
+
+    def socket(self) -> int:
+        """Inode of what is at the control descriptor."""
+        return os.stat(f"{self.number}/fd/{CONTROL}", dir_fd=self._root).st_ino
 
     def scratch_devices(self) -> set[int]:
         """Device numbers of its /work and /tmp."""
@@ -77,12 +82,19 @@ class Proc:
         if children := [child for child in self.children() if child not in known]:
             found.append(f"{len(children)} child process{'es' * (len(children) > 1)}")
         devices = self.scratch_devices()
+        here, root = (os.stat(f"{self.number}/{name}", dir_fd=self._root).st_dev for name in ("cwd", "root"))
+        if here not in (*devices, root) and os.readlink(f"{self.number}/cwd", dir_fd=self._root).startswith(_SCRATCH):
+            found.append("a working directory in other scratch folders than its own")
         return found + self._shared_maps(devices) + self._descriptors(devices)
 
     def _shared_maps(self, scratch: set[int]) -> list[str]:
         numbers = {f"{os.major(device):02x}:{os.minor(device):02x}".encode() for device in scratch}
         found = []
-        for start, end, rights, device, name in _SHARED_MAP.findall(_read(self._root, f"{self.number}/maps")):
+        for line in _read(self._root, f"{self.number}/maps").splitlines():
+            shared = _SHARED_MAP.match(line) if b"s " in line else None
+            if shared is None:
+                continue
+            start, end, rights, device, name = shared.groups()
             if b"w" in rights or device in numbers:
                 what = "anonymous" if name.startswith(b"/dev/zero") else name.decode(errors="replace")
                 found.append(f"shared memory ({what}, {int(end, 16) - int(start, 16)} bytes)")
@@ -130,5 +142,11 @@ def _field(text: str, name: str) -> str:
 
 
 def _read(root: int, name: str) -> bytes:
-    with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=root), "rb", buffering=0) as file:
-        return file.readall()
+    descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)
+    try:
+        parts = []
+        while part := os.read(descriptor, 1 << 16):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)

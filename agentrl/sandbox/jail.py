@@ -2,7 +2,8 @@
 
 The expensive part is done once, by the zygote (``build``): new namespaces, a read-only root with nothing in it but
 the Python library, the shared libraries and three devices. A session (``confine``) starts from there: its own mount,
-IPC, network, PID and user namespaces, its own tmpfs on /work and /tmp, rlimits, no capabilities, no_new_privs, seccomp.
+IPC, network, PID and user namespaces, its own tmpfs on /work and /tmp, rlimits, no capabilities, no_new_privs, Landlock
+where the kernel has it, seccomp.
 
 Runs inside the zygote, so it imports nothing but the standard library and its neighbours.
 """
@@ -79,7 +80,7 @@ def build(packages: Iterable[str]) -> int:
 
 
 def confine(
-    limits: Mapping[str, int], program: tuple[ctypes.Array[ctypes.c_char], int], host_proc: int, number: str
+    limits: Mapping[str, int], program: tuple[ctypes.Array[ctypes.c_char], int], host_proc: int, number: str, rules: int
 ) -> int:
     """Make the calling process, just forked by the zygote into a new PID namespace, a session.
 
@@ -91,6 +92,7 @@ def confine(
         program: the seccomp filter.
         host_proc: descriptor of a /proc; closed.
         number: this process in it.
+        rules: Landlock's ruleset, or -1; closed.
 
     Returns:
         The descriptor at which the zygote answers the calls that the filter hands over.
@@ -116,6 +118,10 @@ def confine(
         kernel.drop_capabilities()
     kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # again, after another change of rights; the zygote looks at it in /proc
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if rules >= 0:
+        with needs("Landlock, which this kernel says it has"):
+            kernel.landlock_restrict(rules)
+        os.close(rules)
     with needs("seccomp filter with user notification"):
         return kernel.install_filter(*program)
 

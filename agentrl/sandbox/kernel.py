@@ -188,6 +188,26 @@ def install_filter(program: ctypes.Array[ctypes.c_char], length: int) -> int:
     return _syscall("seccomp", SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER, ctypes.byref(structure))
 
 
+def landlock_version() -> int:
+    """The version of the kernel's Landlock interface."""
+    return _syscall("landlock_create_ruleset", None, ctypes.c_size_t(0), ctypes.c_uint(1))
+
+
+def landlock_create(attributes: bytes) -> int:
+    """A new ruleset from a ``struct landlock_ruleset_attr``."""
+    return _syscall("landlock_create_ruleset", attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint(0))
+
+
+def landlock_add(ruleset: int, rule: bytes) -> None:
+    """Add a ``struct landlock_path_beneath_attr``."""
+    _syscall("landlock_add_rule", ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint(0))
+
+
+def landlock_restrict(ruleset: int) -> None:
+    """Put the calling thread under the rules. There is no way back."""
+    _syscall("landlock_restrict_self", ctypes.c_int(ruleset), ctypes.c_uint(0))
+
+
 class Alarm:
     """A POSIX timer that sends ``number`` to this process, and again every ``again`` seconds until it is stopped.
 

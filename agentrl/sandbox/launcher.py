@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +20,7 @@ from agentrl.sandbox.base import OUTPUT_BYTES
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 5.0
-_GREETING_BYTES = 64 * 1024
+_PACKET_BYTES = 64 * 1024
 
 # The zygote must not import agentrl/__init__.py and all that hangs on it: it gets the package's bare names instead.
 _BOOTSTRAP = """
@@ -32,6 +32,7 @@ for name, path in (("agentrl", sys.argv[1]), ("agentrl.sandbox", sys.argv[1] + "
 from agentrl.sandbox import zygote
 zygote.main(json.loads(sys.argv[2]))
 """
+Hearer = Callable[[dict[str, Any]], None]
 PROCESS_NAME = "agentrl-sandbox"
 """Last argument on the command line of the zygote, and so of every session."""
 
@@ -41,10 +42,16 @@ class ZygoteHandle:
 
     def __init__(self, control: socket.socket, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
         self._control, self._process, self._log = control, process, log
+        self._hearers: dict[int, Hearer] = {}
 
     @classmethod
-    async def start(cls, packages: Sequence[str], preload: Iterable[str]) -> ZygoteHandle:
+    async def start(cls, packages: Sequence[str], preload: Iterable[str], *, watching: bool) -> ZygoteHandle:
         """Start a zygote and wait until it can fork sessions.
+
+        Args:
+            packages: what its sessions may import besides the standard library; imported ahead.
+            preload: other modules to import ahead.
+            watching: whether it looks after its sessions' memory itself.
 
         Raises:
             IsolationUnavailable: it found a mechanism missing.
@@ -53,10 +60,10 @@ class ZygoteHandle:
         """
         if sys.platform != "linux":
             raise IsolationUnavailable([f"Linux (this is {sys.platform})"])
-        handle = cls(*_spawn(_locate(packages), [*preload, *packages]))
+        handle = cls(*_spawn(_locate(packages), [*preload, *packages], watching))
         try:
             async with asyncio.timeout(_START_SECONDS):
-                greeting = await asyncio.get_running_loop().sock_recv(handle._control, _GREETING_BYTES)
+                greeting = await asyncio.get_running_loop().sock_recv(handle._control, _PACKET_BYTES)
             handle._check(json.loads(greeting or b"{}"))
         except TimeoutError as error:
             await handle.stop()
@@ -64,6 +71,7 @@ class ZygoteHandle:
         except BaseException:
             await handle.stop()
             raise
+        asyncio.get_running_loop().add_reader(handle._control.fileno(), handle._hear)
         return handle
 
     def _check(self, greeting: Mapping[str, Any]) -> None:
@@ -82,8 +90,13 @@ class ZygoteHandle:
         except OSError:
             return False
 
-    def ask(self, theirs: socket.socket, request: Mapping[str, Any]) -> None:
+    def ask(self, theirs: socket.socket, request: Mapping[str, Any], hearer: Hearer) -> None:
         """Ask for a session or a fork that is spoken to over the other end of ``theirs``.
+
+        Args:
+            theirs: the session's end of a socket pair.
+            request: with the session's ``name``.
+            hearer: gets the zygote's news of the session, the last of them with "exit" or "failed".
 
         Raises:
             SandboxError: the zygote is gone or does not keep up.
@@ -92,6 +105,32 @@ class ZygoteHandle:
             socket.send_fds(self._control, [json.dumps(request).encode()], [theirs.fileno()])
         except OSError as error:
             raise SandboxError(f"the sandbox's zygote cannot be reached ({error}). {self.last_words()}") from error
+        self._hearers[request["name"]] = hearer
+
+    def _hear(self) -> None:
+        """Pass news on; when the zygote is gone, that is the last news of every session."""
+        with contextlib.suppress(BlockingIOError):
+            while packet := self._receive():
+                news = json.loads(packet)
+                name = news.pop("name")
+                last = "exit" in news or "failed" in news
+                hearer = self._hearers.pop(name, None) if last else self._hearers.get(name)
+                if hearer is not None:
+                    hearer(news)
+            self._deafen()
+
+    def _receive(self) -> bytes:
+        try:
+            return self._control.recv(_PACKET_BYTES)
+        except ConnectionError:
+            return b""
+
+    def _deafen(self) -> None:
+        if self._control.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._control.fileno())
+        hearers, self._hearers = self._hearers, {}
+        for hearer in hearers.values():
+            hearer({"exit": None, "gone": True})
 
     def last_words(self) -> str:
         """What it wrote to its standard error, cut to the end."""
@@ -100,6 +139,7 @@ class ZygoteHandle:
 
     async def stop(self) -> None:
         """End it and every session; returns when no process is left."""
+        self._deafen()
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
         self._control.close()
@@ -112,14 +152,17 @@ class ZygoteHandle:
             self._log.close()
 
 
-def _spawn(packages: list[str], preload: Iterable[str]) -> tuple[socket.socket, subprocess.Popen[bytes], IO[bytes]]:
+def _spawn(
+    packages: list[str], preload: list[str], watching: bool
+) -> tuple[socket.socket, subprocess.Popen[bytes], IO[bytes]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
     config = {
         "control": theirs.fileno(),
         "manager": os.getpid(),
         "packages": packages,
-        "preload": list(preload),
+        "preload": preload,
+        "watching": watching,
         "output_bytes": OUTPUT_BYTES,
     }
     library = str(Path(__file__).resolve().parent.parent)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import itertools
 import socket
 from collections.abc import Mapping
@@ -13,9 +15,11 @@ from typing import Any, Self
 from agentrl.errors import IsolationUnavailable, SandboxError, UserError
 from agentrl.sandbox import probe
 from agentrl.sandbox import profile as profiles
-from agentrl.sandbox.base import Limits, Profile, check_seed
-from agentrl.sandbox.launcher import ZygoteHandle
-from agentrl.sandbox.session import Channel, LocalSession
+from agentrl.sandbox.base import SCRATCH, Limits, Profile, check_seed
+from agentrl.sandbox.cgroup import Group, MemoryGroups
+from agentrl.sandbox.channel import Channel
+from agentrl.sandbox.launcher import Hearer, ZygoteHandle
+from agentrl.sandbox.session import LocalSession
 from agentrl.types import ForkLevel
 
 _OPEN_SECONDS = 20.0
@@ -48,6 +52,7 @@ class LocalSandbox:
         self._zygotes: dict[Profile, ZygoteHandle] = {}
         self._sessions: set[LocalSession] = set()
         self._names = itertools.count(1)
+        self._groups: MemoryGroups | None = None
         self._starting = asyncio.Lock()
         self._places = asyncio.Semaphore(_MOST_STARTING)
         self._closed = False
@@ -81,6 +86,8 @@ class LocalSandbox:
                 await zygote.stop()
             for session in tuple(self._sessions):
                 await session.close()
+            if self._groups is not None:
+                self._groups.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -109,7 +116,10 @@ class LocalSandbox:
             await self._zygotes.pop(profile).stop()
             zygote = None
         if zygote is None:
-            zygote = await ZygoteHandle.start(profile.packages, profile.preload)
+            if not self._zygotes and self._groups is None:
+                with contextlib.suppress(OSError):  # then the zygote watches; `agentrl doctor` says so
+                    self._groups = MemoryGroups.find()
+            zygote = await ZygoteHandle.start(profile.packages, profile.preload, watching=self._groups is None)
             try:
                 await self._probe(zygote)
             except BaseException:
@@ -132,20 +142,23 @@ class LocalSandbox:
     async def _open(self, zygote: ZygoteHandle, seed: int, limits: Limits) -> LocalSession:
         async with self._places:
             manager = _Manager(self, zygote)
-            name = manager.next_name()
-            channel = manager.ask({"op": "open", "name": name, "seed": seed, "limits": asdict(limits)})
-            session = LocalSession(manager, channel, name, limits, seed)
+            session = LocalSession(manager, limits, seed)
             try:
+                session.connect({"op": "open", "seed": seed, "limits": asdict(limits)})
                 async with asyncio.timeout(_OPEN_SECONDS):
                     await session.ready()
             except TimeoutError as error:
-                channel.close()
+                session.abandon()
                 raise SandboxError(f"a session did not start within {_OPEN_SECONDS:g} s.") from error
             except BaseException:
-                channel.close()
+                session.abandon()
                 raise
         manager.adopt(session)
         return session
+
+
+def _hint(error: OSError) -> str:
+    return " Raise `ulimit -n`." if error.errno in (errno.EMFILE, errno.ENFILE) else ""
 
 
 class _Manager:
@@ -157,9 +170,6 @@ class _Manager:
     def backend_failed(self) -> str | None:
         return None if self._zygote.alive else "the sandbox's zygote is gone"
 
-    async def start_fork(self, parent: LocalSession, name: int) -> Channel:
-        return self.ask({"op": "fork", "parent": parent.name, "name": name})
-
     def adopt(self, session: LocalSession) -> None:
         self._sandbox._sessions.add(session)
 
@@ -169,17 +179,24 @@ class _Manager:
     def next_name(self) -> int:
         return next(self._sandbox._names)
 
-    def ask(self, request: Mapping[str, Any]) -> Channel:
-        """Send the zygote a request with one end of a new socket pair; a channel over the other end."""
+    def group(self, limits: Limits) -> Group | None:
+        if self._sandbox._groups is None:
+            return None
+        try:
+            return self._sandbox._groups.make(limits.memory_bytes + len(SCRATCH) * limits.scratch_bytes)
+        except OSError as error:
+            raise SandboxError(f"a session cannot have a memory cgroup ({error}).{_hint(error)}") from error
+
+    def ask(self, request: Mapping[str, Any], hearer: Hearer) -> Channel:
         try:
             ours, theirs = socket.socketpair()
         except OSError as error:
-            raise SandboxError(f"no descriptors left for a session ({error}); raise `ulimit -n`.") from error
+            raise SandboxError(f"a session cannot have a socket ({error}).{_hint(error)}") from error
         ours.setblocking(False)
         channel = Channel(ours)
         try:
             with theirs:
-                self._zygote.ask(theirs, request)
+                self._zygote.ask(theirs, request, hearer)
         except BaseException:
             channel.close()
             raise

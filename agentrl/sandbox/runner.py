@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
+import posix  # and not os, whose functions the program may have replaced
 import stat
 from typing import Any, NoReturn
 
@@ -19,18 +19,25 @@ CONTROL = 3
 _CHUNK_BYTES = 64 * 1024
 
 
+def _make_folders(path: str) -> None:
+    parts = path.split("/")[1:-1]
+    for depth in range(2, len(parts) + 1):  # the first one is a scratch folder and there
+        with contextlib.suppress(FileExistsError):
+            posix.mkdir("/" + "/".join(parts[:depth]))
+
+
 def _put(path: str, data: bytes) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with open(os.open(path, flags, 0o644), "wb", buffering=0) as file:
+    _make_folders(path)
+    flags = posix.O_WRONLY | posix.O_CREAT | posix.O_TRUNC | posix.O_NOFOLLOW | posix.O_NONBLOCK | posix.O_CLOEXEC
+    with open(posix.open(path, flags, 0o644), "wb", buffering=0) as file:
         rest = memoryview(data)
         while rest:
             rest = rest[file.write(rest) :]
 
 
 def _get(path: str, cap: int) -> bytes:
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        status = os.fstat(file.fileno())
+    with open(posix.open(path, posix.O_RDONLY | posix.O_NOFOLLOW | posix.O_NONBLOCK | posix.O_CLOEXEC), "rb") as file:
+        status = posix.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
         if status.st_size > cap:
@@ -43,9 +50,9 @@ def _receive() -> tuple[dict[str, Any], bytes]:
     start, data = wire.HEADER.size, b""
     size = start
     while len(data) < size:
-        chunk = os.read(CONTROL, _CHUNK_BYTES)
+        chunk = posix.read(CONTROL, _CHUNK_BYTES)
         if not chunk:
-            os._exit(0)
+            posix._exit(0)
         data += chunk
         if len(data) >= start:
             head, body = wire.HEADER.unpack_from(data)
@@ -57,34 +64,31 @@ def send(head: dict[str, Any], body: bytes = b"") -> None:
     """Answer the manager."""
     rest = memoryview(wire.encode(head, body))
     while rest:
-        rest = rest[os.write(CONTROL, rest) :]
+        rest = rest[posix.write(CONTROL, rest) :]
 
 
 def open_output() -> None:
     """Let descriptors 1 and 2 end in a file without a name."""
-    printed = os.open("/tmp", os.O_TMPFILE | os.O_RDWR | os.O_APPEND)
-    os.dup2(printed, 1)
-    os.dup2(printed, 2)
-    os.close(printed)
+    printed = posix.open("/tmp", posix.O_TMPFILE | posix.O_RDWR | posix.O_APPEND)
+    posix.dup2(printed, 1)
+    posix.dup2(printed, 2)
+    posix.close(printed)
 
 
-def _fork(interpreter: Interpreter, request: dict[str, Any]) -> dict[str, Any]:
-    """Fork this session; what to tell the manager, in the parent and in the child, each on its own socket."""
+def _fork(interpreter: Interpreter, request: dict[str, Any]) -> dict[str, Any] | None:
+    """Fork this session; what to answer where that failed. Of a success the manager hears from the zygote."""
     try:
-        if not cloning.fork(CONTROL):
-            return {"id": request["id"], "forked": True}
-        interpreter.alarm.create()  # timers are not inherited
-        if request["rng"] == "derive":
-            interpreter.reseed(request["seed"])
+        if cloning.fork(CONTROL):  # the child; its socket is its own, and the manager knows of it
+            interpreter.alarm.create()  # timers are not inherited
+            if request["rng"] == "derive":
+                interpreter.reseed(request["seed"])
     except cloning.Stranded as error:
-        if error.furnished:
-            send({"reasons": [str(error)]})
-        os._exit(1)
+        posix._exit(error.code)
     except cloning.CannotFork as refusal:
         return {"id": request["id"], "reasons": refusal.args}
     except OSError as error:
-        return {"id": request["id"], "errno": error.errno, "strerror": error.strerror}
-    return {"ready": True}
+        return {"id": request["id"], "errno": error.errno}
+    return None
 
 
 def serve(interpreter: Interpreter) -> NoReturn:
@@ -97,11 +101,14 @@ def serve(interpreter: Interpreter) -> NoReturn:
             reply["status"], reply["error"] = interpreter.run(body, request["deadline"])
             with contextlib.suppress(Exception):  # a stream that the program closed or replaced has nothing to flush
                 interpreter.stream.flush()
-            if os.getpid() != SESSION_PID:
-                os._exit(0)  # a process that the program forked ends with the cell
+            if posix.getpid() != SESSION_PID:
+                posix._exit(0)  # a process that the program forked ends with the cell
             answer, reply["cut"] = interpreter.output.take()
         elif request["op"] == "fork":
-            reply = _fork(interpreter, request)
+            refusal = _fork(interpreter, request)
+            if refusal is None:
+                continue
+            reply = refusal
         else:
             try:
                 if request["op"] == "put":

@@ -5,8 +5,9 @@ memory, threads, children, waiting and time. Whatever is not listed fails with E
 is meant to fall back to an older call. There is no ``execve``, ``socket``, ``ptrace``, ``mount``, ``setns``,
 ``bpf``, ``io_uring_setup``, ``memfd_create``, SysV IPC or key ring. A call of another ABI (x32, i386) kills.
 
-Three calls stop and wait for the zygote's verdict (``forks.py``), which is EPERM unless a fork was asked for: the very
-clone(2) that forks a session, unshare(0), with which runner and zygote meet, and capset(2).
+Two calls stop and wait for the zygote's verdict (``forks.py``), which is EPERM unless a fork was asked for: the very
+clone(2) that forks a session, and unshare(0), with which runner and zygote meet. capset(2) is open because a fork drops
+what its user namespace brought; it never adds anything to a process that has nothing.
 
 Runs inside the zygote, so it imports nothing but the standard library and its neighbours.
 """
@@ -40,13 +41,13 @@ ALLOWED = {
         timerfd_create:283:85 timerfd_settime:286:86 timerfd_gettime:287:87 signalfd:282: signalfd4:289:74 pause:34:
         nanosleep:35:101 clock_nanosleep:230:115 restart_syscall:219:128""",
     "socket pairs": """sendto:44:206 recvfrom:45:207 sendmsg:46:211 recvmsg:47:212 sendmmsg:307:269 recvmmsg:299:243
-        shutdown:48:210 getsockname:51:204 getpeername:52:205 getsockopt:55:209""",
+        shutdown:48:210 getsockname:51:204 getpeername:52:205""",
     "processes": """fork:57: vfork:58: exit:60:93 exit_group:231:94 wait4:61:260 waitid:247:95 kill:62:129 tkill:200:130
         tgkill:234:131 set_tid_address:218:96 set_robust_list:273:99 get_robust_list:274:100 futex:202:98
         futex_waitv:449:449 rseq:334:293 arch_prctl:158: gettid:186:178 getpid:39:172 getppid:110:173 getpgrp:111:
         getpgid:121:155 setpgid:109:154 getsid:124:156 setsid:112:157 getuid:102:174 geteuid:107:175 getgid:104:176
-        getegid:108:177 getresuid:118:148 getresgid:120:150 getgroups:115:158 capget:125:90 getrlimit:97:163
-        getrusage:98:165 getpriority:140:141 sched_yield:24:124
+        getegid:108:177 getresuid:118:148 getresgid:120:150 getgroups:115:158 capget:125:90 capset:126:91
+        getrlimit:97:163 getrusage:98:165 getpriority:140:141 sched_yield:24:124
         sched_getaffinity:204:123 sched_getscheduler:145:120 sched_getparam:143:121 sched_get_priority_max:146:125
         sched_get_priority_min:147:126 getcpu:309:168""",
     "signals": """rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 rt_sigpending:127:136
@@ -67,7 +68,7 @@ CHECKED = {
     "setrlimit": (160, 164),
     "prlimit64": (302, 261),
     "unshare": (272, 97),
-    "capset": (126, 91),
+    "getsockopt": (55, 209),
 }
 """Calls whose arguments decide."""
 
@@ -91,6 +92,8 @@ _FIXED_LIMITS = (4, 6)
 is the session's own, because its forks' count in it."""
 _F_SETPIPE_SZ = 1031
 _AF_UNIX = 1
+_SOCKET_FACTS = (3, 4, 7, 8, 30, 38, 39)
+"""SO_TYPE, ERROR, SNDBUF, RCVBUF, ACCEPTCONN, PROTOCOL, DOMAIN; SO_PEERPIDFD would reach the manager."""
 
 _LOAD, _RETURN = 0x20, 0x06
 _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_SET = 0x15, 0x35, 0x45
@@ -139,7 +142,6 @@ def instructions(machine: str) -> list[Instruction]:
             *((_JUMP_SET, 0, 1, _NEW_NAMESPACES), _give(_DENY), _give(_ALLOW)),
         ],
         "unshare": [_argument(0), (_JUMP_EQUAL, 0, 1, 0), _give(_ASK), _give(_DENY)],
-        "capset": [_give(_ASK)],
         "setrlimit": [*_unless_in(0, _FIXED_LIMITS), _give(_DENY)],
         "prlimit64": [
             *_unless_in(1, _FIXED_LIMITS),
@@ -149,6 +151,7 @@ def instructions(machine: str) -> list[Instruction]:
         "ioctl": _one_of(1, _TERMINAL_QUERIES, _NOT_A_TERMINAL),
         "prctl": _one_of(0, _PRCTL_HARMLESS, _DENY),
         "fcntl": [_argument(1), (_JUMP_EQUAL, 0, 1, _F_SETPIPE_SZ), _give(_DENY), _give(_ALLOW)],
+        "getsockopt": _one_of(2, _SOCKET_FACTS, _DENY),
         "socketpair": _one_of(0, (_AF_UNIX,), _DENY),
     }
     for name, check in checks.items():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import signal
-import socket
 import time
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 from agentrl.errors import ForkRefused, IsolationUnavailable, SandboxError, SessionClosed, SessionFrozen, UserError
@@ -24,6 +23,9 @@ from agentrl.sandbox.base import (
     check_fork,
     scratch_path,
 )
+from agentrl.sandbox.cgroup import Group
+from agentrl.sandbox.channel import Channel
+from agentrl.sandbox.launcher import Hearer
 from agentrl.seeds import derive_seed
 
 GRACE_SECONDS = 1.0
@@ -31,10 +33,16 @@ GRACE_SECONDS = 1.0
 FILE_SECONDS = 20.0
 CLOSE_SECONDS = 10.0
 FORK_SECONDS = 20.0
+_ERROR_CHARS = 32 * 1024
+_MESSAGE_CHARS = 300
+_FILE_ERRORS = {
+    *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG, errno.EACCES, errno.EPERM),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ENXIO, errno.EMFILE, errno.EEXIST),
+}
+"""What the file system says. Others would be taken for failures of ours: 110 is a TimeoutError."""
 _TOO_DEEP = (errno.ENOSPC, errno.EUSERS)
 _DEPTH = "it is a fork of a fork of ...: the kernel nests namespaces 32 deep"
 _CPU_TICKS = 0.1  # how finely the kernel measures before it enforces RLIMIT_CPU
-_CHUNK_BYTES = 256 * 1024
 _GONE = "variables and files are lost"
 _REPORTED = {ExecStatus.OK, ExecStatus.ERROR, ExecStatus.TIMEOUT, ExecStatus.MEMORY}
 
@@ -47,117 +55,6 @@ class Ended(Exception):
         self.status = status
 
 
-class Channel:
-    """Frames over a non-blocking socket. One reader and one writer at a time; a cancelled read loses nothing."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket, self._buffer = sock, bytearray()
-        self._loop = asyncio.get_running_loop()
-        self._ended = self._paused = False
-        self._news: asyncio.Future[None] | None = None
-        self._loop.add_reader(sock.fileno(), self._arrive)
-
-    async def send(self, data: bytes) -> None:
-        """Send all of ``data``; a peer that has gone is noticed by the next ``receive``."""
-        rest = memoryview(data)
-        while rest:
-            try:
-                rest = rest[self._socket.send(rest) :]
-            except BlockingIOError:
-                await self._writable()
-            except OSError:
-                return
-
-    async def receive(self, max_body: int) -> tuple[dict[str, Any], bytes]:
-        """The next frame.
-
-        Raises:
-            ProtocolError: what came is not a frame, or is above its caps.
-            EOFError: the other side is gone.
-        """
-        while (frame := self.arrived(max_body)) is None:
-            if self._ended:
-                raise EOFError
-            self._news = self._loop.create_future()
-            if self._paused:
-                self._paused = False
-                self._loop.add_reader(self._socket.fileno(), self._arrive)
-            try:
-                await self._news
-            finally:
-                self._news = None
-        return frame
-
-    def arrived(self, max_body: int) -> tuple[dict[str, Any], bytes] | None:
-        """A frame that is already here, or None.
-
-        Raises:
-            ProtocolError: what came is not a frame, or is above its caps.
-        """
-        buffer, start = self._buffer, wire.HEADER.size
-        if len(buffer) < start:
-            return None
-        head, body = wire.frame_length(buffer, max_body)
-        end = start + head + body
-        if len(buffer) < end:
-            return None
-        frame = wire.decode_head(bytes(buffer[start : start + head])), bytes(buffer[start + head : end])
-        del buffer[:end]
-        return frame
-
-    async def drain(self) -> None:
-        """Read and forget until the other side is gone."""
-        with contextlib.suppress(EOFError):
-            while True:
-                self._buffer.clear()
-                with contextlib.suppress(wire.ProtocolError):
-                    await self.receive(0)
-
-    def hang_up(self) -> None:
-        """Tell the zygote that the session is not wanted any more."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)  # not close: a forked child of ours may hold a copy
-
-    def close(self) -> None:
-        """Give the descriptor back; a reader that still waits reads the end."""
-        self.hang_up()
-        descriptor = self._socket.fileno()
-        if descriptor >= 0:
-            self._loop.remove_reader(descriptor)
-            self._loop.remove_writer(descriptor)
-        self._socket.close()
-        self._ended = True
-        self._wake()
-
-    def _arrive(self) -> None:
-        try:
-            chunk = self._socket.recv(_CHUNK_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            chunk = b""
-        self._buffer += chunk
-        self._ended = not chunk
-        self._paused = self._news is None and len(self._buffer) >= _CHUNK_BYTES  # a program that nobody has asked
-        if self._ended or self._paused:
-            self._loop.remove_reader(self._socket.fileno())
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._news is not None and not self._news.done():
-            self._news.set_result(None)
-
-    async def _writable(self) -> None:
-        ready = asyncio.Event()
-        descriptor = self._socket.fileno()
-        self._loop.add_writer(descriptor, ready.set)
-        try:
-            await ready.wait()
-        finally:
-            if self._socket.fileno() == descriptor:  # else it is closed, and the number may be somebody else's
-                self._loop.remove_writer(descriptor)
-
-
 class Owner(Protocol):
     """What a session needs of the manager that opened it."""
 
@@ -165,8 +62,16 @@ class Owner(Protocol):
         """Why no session can be alive any more, or None."""
         ...
 
-    async def start_fork(self, parent: LocalSession, name: int) -> Channel:
-        """Ask the zygote to let ``parent`` fork; the channel to the child to be."""
+    def next_name(self) -> int:
+        """A number that no other session has."""
+        ...
+
+    def ask(self, request: Mapping[str, Any], hearer: Hearer) -> Channel:
+        """Ask the zygote for a session or a fork; ``hearer`` gets its news of it."""
+        ...
+
+    def group(self, limits: Limits) -> Group | None:
+        """A new memory cgroup for a session; None where the zygote looks after memory."""
         ...
 
     def adopt(self, session: LocalSession) -> None:
@@ -177,20 +82,24 @@ class Owner(Protocol):
         """A session is gone."""
         ...
 
-    def next_name(self) -> int:
-        """A number that no other session has."""
-        ...
-
 
 class LocalSession:
-    """A session of a ``LocalSandbox``; see ``agentrl.sandbox.base.Session`` for its methods."""
+    """A session of a ``LocalSandbox``; see ``agentrl.sandbox.base.Session`` for its methods.
 
-    def __init__(
-        self, owner: Owner, channel: Channel, name: int, limits: Limits, seed: int, parent: LocalSession | None = None
-    ) -> None:
-        self.name, self.limits, self.seed = name, limits, seed
+    What comes over its socket, its program may have written. What it hears from the zygote is true: that it lives,
+    how it ended, why it cannot be forked.
+    """
+
+    def __init__(self, owner: Owner, limits: Limits, seed: int, parent: LocalSession | None = None) -> None:
+        self.name, self.limits, self.seed = owner.next_name(), limits, seed
         self.rng: Literal["seeded"] | Rng = "seeded"
-        self._owner, self._channel, self._parent = owner, channel, parent
+        self._owner, self._parent = owner, parent
+        self._group = owner.group(limits)
+        self._channel: Channel | None = None
+        self._placing: asyncio.Future[None] | None = None
+        self._reasons: list[str] = []  # why the zygote lets it not be forked from its parent
+        self._born = asyncio.get_running_loop().create_future()  # whether a fork has come to life
+        self._over: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._lock = asyncio.Lock()
         self._number = 0
         self._branches = 0
@@ -199,6 +108,25 @@ class LocalSession:
         self._failed: str | None = None  # not by the program: why
         self._frozen = self._closed = False
 
+    def connect(self, request: dict[str, Any]) -> None:
+        """Ask the zygote for it.
+
+        Raises:
+            SandboxError: it cannot be asked.
+        """
+        self._channel = self._owner.ask(request | {"name": self.name}, self._hear)
+
+    def _hear(self, news: dict[str, Any]) -> None:
+        pid = news.get("pid") or news.get("born")
+        if pid and self._group is not None:  # in a thread: the kernel may take milliseconds
+            self._placing = asyncio.get_running_loop().run_in_executor(None, self._group.place, pid)
+        self._reasons += news.get("refused", []) + news.get("failed", [])
+        over = "exit" in news or "failed" in news
+        if (over or "born" in news) and not self._born.done():
+            self._born.set_result("born" in news)
+        if over and not self._over.done():
+            self._over.set_result(news)
+
     async def ready(self) -> None:
         """Wait until the walls stand.
 
@@ -206,16 +134,27 @@ class LocalSession:
             IsolationUnavailable: a mechanism was refused, and no session of this process ever had it.
             SandboxError: the process did not come up.
         """
-        head: dict[str, Any] = {}
+        assert self._channel is not None
         try:
-            while not (head.get("ready") is True and "pid" in head) and "fatal" not in head:
-                head |= (await self._channel.receive(0))[0]  # from the zygote and from the session, in any order
-        except (EOFError, wire.ProtocolError) as error:
-            raise SandboxError(f"a session did not start: {self._owner.backend_failed() or repr(error)}") from error
+            head, _ = await self._channel.receive(0)
+            if self._placing is not None:
+                await self._placing
+        except (EOFError, wire.ProtocolError, OSError) as error:
+            why = (
+                self._owner.backend_failed() or (self._over.done() and self._over.result().get("fatal")) or repr(error)
+            )
+            raise SandboxError(f"a session did not start: {why}") from error
         if "fatal" in head and not probe.passed():
             raise IsolationUnavailable([str(head["fatal"])])
-        if "fatal" in head:
-            raise SandboxError(f"a session did not start; it said {str(head['fatal'])[:200]}.")
+        if head.get("ready") is not True:
+            raise SandboxError(f"a session did not start; it said {str(head)[:200]}.")
+
+    def abandon(self) -> None:
+        """Let go of everything; the zygote ends what there is."""
+        if self._channel is not None:
+            self._channel.close()
+        if self._group is not None:
+            self._group.remove()
 
     async def exec(self, code: str, deadline: float = 5.0) -> ExecResult:
         """Run one cell; see ``Session.exec``."""
@@ -254,23 +193,22 @@ class LocalSession:
         """A session in the same state; see ``Session.fork``."""
         check_fork(rng, branch)
         async with self._lock:
-            self._check_usable(frozen=True)
+            self._check_usable(for_fork=True)
             if self._lost is not None:
                 raise SessionClosed(f"the session was lost ({self._lost}), so there is nothing to fork.")
             branch = self._branches if branch is None else branch
             seed = derive_seed(self.seed, "branch", branch) if rng == "derive" else self.seed
-            name = self._owner.next_name()
-            channel = await self._owner.start_fork(self, name)
+            child = LocalSession(self._owner, self.limits, seed, self)
             try:
                 async with asyncio.timeout(FORK_SECONDS):
-                    await self._split({"op": "fork", "rng": rng, "seed": seed}, channel)
+                    await self._split(child, {"op": "fork", "rng": rng, "seed": seed})
             except TimeoutError as error:
-                channel.close()
-                raise SandboxError(f"a fork did not come up within {FORK_SECONDS:g} s.") from error
+                child.abandon()
+                self._lose(f"it did not answer the request to fork within {FORK_SECONDS:g} s")
+                raise SessionClosed(f"the session was lost while it was forked: {self._lost}.") from error
             except BaseException:
-                channel.close()
+                child.abandon()
                 raise
-            child = LocalSession(self._owner, channel, name, self.limits, seed, self)
             child.rng = rng
             self._frozen = True
             self._branches += 1
@@ -278,32 +216,36 @@ class LocalSession:
             self._owner.adopt(child)
             return child
 
-    async def _split(self, request: dict[str, Any], channel: Channel) -> None:
-        """Let the process clone itself and wait for the child."""
-        reasons: list[str] = []
-        answer: dict[str, Any] = {}
+    async def _split(self, child: LocalSession, request: dict[str, Any]) -> None:
+        """Let the process clone itself. It answers only where that fails; of a birth the zygote tells."""
+        child.connect({"op": "fork", "parent": self.name})
+        self._number += 1
+        assert self._channel is not None
+        await self._channel.send(wire.encode(request | {"id": self._number}))
+        refusal = asyncio.ensure_future(self._answer(0))
         try:
-            answer, _ = await self._request(request, b"", 0, FORK_SECONDS)
-        except Ended as end:
-            self._lose(f"the Python process {end}")
-            raise SessionClosed(f"the session was lost while it was forked: {self._lost}.") from end
-        reasons += _texts(answer.get("reasons"))
-        head: dict[str, Any] = {}
-        with contextlib.suppress(EOFError, wire.ProtocolError):
-            while head.get("ready") is not True:
-                frame = await channel.receive(0) if answer.get("forked") is True else channel.arrived(0)
-                if frame is None:
-                    break
-                head = frame[0]
-                reasons += _texts(head.get("reasons"))
-        if reasons:
-            raise ForkRefused(f"the session cannot be forked: {'; '.join(reasons)}.", reasons)
-        if answer.get("forked") is True and head.get("ready") is True:
+            await asyncio.wait((refusal, child._born), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            refusal.cancel()
+            done = await asyncio.gather(refusal, return_exceptions=True)
+        if child._born.done() and child._born.result():
+            if child._placing is not None:
+                await child._placing
             return
-        if answer.get("errno") in _TOO_DEEP:
-            raise ForkRefused(_DEPTH, [_DEPTH])
-        why = self._owner.backend_failed() or answer.get("strerror") or f"the child ended ({str(head)[:100]})"
-        raise SandboxError(f"a session could not be forked: {why}.")
+        match done[0]:
+            case Ended() as end:
+                self._lose(f"the Python process {end}")
+                raise SessionClosed(f"the session was lost while it was forked: {self._lost}.") from end
+            case SandboxError() as failure:
+                raise failure
+            case tuple((dict() as head, _)):
+                child._reasons += _texts(head.get("reasons"))
+                code = head.get("errno")
+                if not child._reasons:
+                    child._reasons.append(
+                        _DEPTH if code in _TOO_DEEP else f"the kernel refused (error {str(code)[:9]})"
+                    )
+        raise ForkRefused(f"the session cannot be forked: {'; '.join(child._reasons)}.", child._reasons)
 
     async def close(self) -> None:
         """End the session; returns when its processes are gone, or at once while it has live forks. Safe twice."""
@@ -315,14 +257,15 @@ class LocalSession:
 
     async def _end(self) -> None:
         """End the process, and those of its ancestors that were closed and only lived on for their forks."""
+        assert self._channel is not None
         self._channel.hang_up()
         try:
             async with asyncio.timeout(CLOSE_SECONDS), self._lock:
-                await self._channel.drain()
+                await asyncio.shield(self._over)
         except TimeoutError as error:
             raise SandboxError(f"a session was killed but its process did not end in {CLOSE_SECONDS:g} s.") from error
         finally:
-            self._channel.close()
+            self.abandon()
             self._owner.forget(self)
             parent, self._parent = self._parent, None
             if parent is not None:
@@ -332,24 +275,20 @@ class LocalSession:
 
     async def _file(self, request: dict[str, Any], data: bytes) -> bytes:
         async with self._lock:
-            self._check_usable(frozen=request["op"] == "get")
+            self._check_usable()
+            if self._lost is None:
+                try:
+                    head, content = await self._request(request, data, FILE_BYTES, FILE_SECONDS)
+                except TimeoutError:
+                    self._lose(f"it did not answer for {FILE_SECONDS:g} s and was killed")
+                except Ended as end:
+                    self._lose(f"the Python process {end}")
             if self._lost is not None:
-                raise FileNotFoundError(
-                    errno.ENOENT, f"the session and its files were lost: {self._lost}", request["path"]
-                )
-            try:
-                head, content = await self._request(request, data, FILE_BYTES, FILE_SECONDS)
-            except TimeoutError as error:
-                self._fail(f"{request['op']} {request['path']} took more than {FILE_SECONDS:g} s")
-                raise SandboxError(f"sandbox: {self._failed}; the session was killed.") from error
-            except Ended as end:
-                self._lose(f"the Python process {end}")
-                raise FileNotFoundError(
-                    errno.ENOENT, f"the session and its files were lost: {self._lost}", request["path"]
-                ) from end
+                why = f"the session and its files were lost: {self._lost}"
+                raise FileNotFoundError(errno.ENOENT, why, request["path"])
         if "errno" in head:
-            code = head["errno"] if isinstance(head["errno"], int) else errno.EIO
-            raise OSError(code, _printable(str(head.get("strerror"))), request["path"])
+            code = head["errno"] if head["errno"] in _FILE_ERRORS else errno.EIO
+            raise OSError(code, _printable(str(head.get("strerror")))[:_MESSAGE_CHARS], request["path"])
         return content
 
     async def _request(
@@ -360,38 +299,47 @@ class LocalSession:
         Raises:
             TimeoutError: no answer in ``seconds``.
             Ended: the process ended, by the program's doing, or it sent nonsense.
-            SandboxError: the zygote is gone.
+            SandboxError: the sandbox failed, or the session was closed meanwhile.
         """
+        assert self._channel is not None
         self._number += 1
-        frame = wire.encode(request | {"id": self._number}, body)
         try:
             try:
                 async with asyncio.timeout(seconds):
-                    await self._channel.send(frame)
-                    head, content = await self._channel.receive(max_body)
+                    await self._channel.send(wire.encode(request | {"id": self._number}, body))
+                    return await self._answer(max_body)
             except TimeoutError:
                 late = self._channel.arrived(max_body)  # our own loop may have been the slow one
                 if late is None:
                     raise
-                head, content = late
-            if self._closed:
-                raise EOFError
-            if "exit" in head:
-                raise self._end_of(head)
-            if head.get("id") != self._number:
-                raise wire.ProtocolError(f"an answer to request {head.get('id')!r} instead of {self._number}")
-        except EOFError as error:
-            if self._closed or self._owner.backend_failed():
-                self._fail("it was closed meanwhile" if self._closed else str(self._owner.backend_failed()))
-                raise SandboxError(f"sandbox: the session is gone: {self._failed}.") from error
-            raise Ended("ended") from error
-        except wire.ProtocolError as error:
-            # Only the program can have written it. As an infrastructure failure it would be a way out of a bad reward.
-            raise Ended(f"broke the control protocol ({error}) and was killed") from error
+                return self._checked(late)
         except asyncio.CancelledError:
             self._fail("a call on it was cancelled")
             raise
-        return head, content
+
+    async def _answer(self, max_body: int) -> tuple[dict[str, Any], bytes]:
+        """The answer to the last request; raises as ``_request`` does."""
+        assert self._channel is not None
+        try:
+            return self._checked(await self._channel.receive(max_body))
+        except wire.ProtocolError as error:
+            raise self._nonsense(str(error)) from error
+        except EOFError as error:
+            self._channel.hang_up()  # a program that closed its own side still lives
+            head = await asyncio.shield(self._over)
+            if self._closed or head.get("gone"):
+                self._fail("it was closed meanwhile" if self._closed else "the sandbox's zygote is gone")
+                raise SandboxError(f"sandbox: the session is gone: {self._failed}.") from error
+            raise self._end_of(head) from error
+
+    def _checked(self, frame: tuple[dict[str, Any], bytes]) -> tuple[dict[str, Any], bytes]:
+        if frame[0].get("id") != self._number:
+            raise self._nonsense(f"an answer to request {str(frame[0].get('id'))[:20]} instead of {self._number}")
+        return frame
+
+    def _nonsense(self, what: str) -> Ended:
+        """Only the program can have sent it. As an infrastructure failure it would be a way out of a bad reward."""
+        return Ended(f"broke the control protocol ({what}) and was killed")
 
     def _read_result(self, head: dict[str, Any], output: bytes, began: float) -> ExecResult:
         status: Any = head.get("status")
@@ -404,7 +352,9 @@ class LocalSession:
         if cut:
             text += f"\n[... {cut} more bytes of output cut ...]"
         seconds = time.perf_counter() - began
-        return ExecResult(ExecStatus(status), text, None if error is None else _printable(error), True, seconds)
+        if error is not None:
+            error = _printable(error)[:_ERROR_CHARS]
+        return ExecResult(ExecStatus(status), text, error, True, seconds)
 
     def _end_of(self, head: dict[str, Any]) -> Ended:
         """How the process ended, from what the zygote wrote as its last word.
@@ -413,7 +363,8 @@ class LocalSession:
             SandboxError: it was killed by something that is not the program's doing.
         """
         code, cpu = head["exit"], head.get("cpu")
-        if head.get("killed_for") == "memory":
+        exceeded = code == -signal.SIGKILL and self._group is not None and self._group.exceeded()
+        if exceeded or head.get("killed_for") == "memory":
             return Ended(f"held more than its {self.limits.memory_bytes} bytes of memory", ExecStatus.MEMORY)
         if head.get("killed_for"):
             return Ended(f"was ended for {head['killed_for']}")
@@ -431,26 +382,30 @@ class LocalSession:
     def _result(self, status: ExecStatus, error: str, began: float) -> ExecResult:
         return ExecResult(status, "", error, self._lost is None, time.perf_counter() - began)
 
-    def _check_usable(self, *, frozen: bool = False) -> None:
+    def _check_usable(self, *, for_fork: bool = False) -> None:
         if self._closed:
             raise SessionClosed("this session is closed: open another one.")
-        if self._frozen and not frozen:
+        if self._frozen and not for_fork:
             raise SessionFrozen("this session has been forked and runs no more: fork it again and use the fork.")
         if self._failed is not None:
             raise SandboxError(f"this session has failed ({self._failed}): close it and open another one.")
 
     def _lose(self, how: str) -> None:
         self._lost = how
-        self._channel.hang_up()
+        self._hang_up()
 
     def _fail(self, why: str) -> None:
         self._failed = why
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        assert self._channel is not None
         self._channel.hang_up()
 
 
 def _texts(value: object) -> list[str]:
     """Reasons as they came over the socket: text, and little of it."""
-    return [_printable(str(item))[:300] for item in value[:50]] if isinstance(value, list) else []
+    return [_printable(str(item))[:_MESSAGE_CHARS] for item in value[:50]] if isinstance(value, list) else []
 
 
 def _printable(text: str) -> str:

@@ -21,30 +21,34 @@ REASON = "memory"
 
 
 class Watchdog:
-    """Looks at all sessions from time to time."""
+    """Looks at all sessions from time to time.
 
-    def __init__(self) -> None:
+    Args:
+        watching: whether there is anything to look at; False where the kernel does it.
+    """
+
+    def __init__(self, watching: bool) -> None:
+        self._watching = watching
         self._next = 0.0
 
     def wait(self, processes: Mapping[int, Process]) -> float:
         """Seconds until the next look; -1 (for ever) while there is no session."""
-        return max(0.0, self._next - time.monotonic()) if processes else -1
+        return max(0.0, self._next - time.monotonic()) if processes and self._watching else -1
 
     def look(self, processes: Mapping[int, Process]) -> None:
         """Kill what holds too much, if it is time to look."""
         now = time.monotonic()
-        if now < self._next:
+        if now < self._next or not self._watching:
             return
         self._next = now + EVERY
         for process in list(processes.values()):
-            if process.proc is not None and _held(process) > process.limits["memory_bytes"]:
+            if _held(process) > process.limits["memory_bytes"]:
                 process.killed_for = REASON
                 process.kill()
 
 
 def _held(process: Process) -> int:
     """Resident bytes of a session's processes, forks left out; exact where the quick estimate is above the limit."""
-    assert process.proc is not None
     try:
         everything = [process.proc, *_below(process.proc, process.forks)]
         held = sum(proc.resident() for proc in everything)

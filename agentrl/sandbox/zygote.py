@@ -4,10 +4,9 @@ Two processes, in fact: a parent that builds the jail and then only waits, and i
 PID namespace. When that child ends, for whatever reason, the kernel kills every session with it. It ends when the
 manager closes the control socket, and when the manager dies.
 
-The control socket (SOCK_SEQPACKET, JSON) carries one greeting out and then only requests in: "open" and "fork", with
-the new session's end of a socket pair. The zygote keeps a copy of that end. When the manager hangs up, it kills the
-session; when the session ends, it writes how it ended into the socket and closes it, so that whoever reads the end of
-file knows that no process is left.
+The control socket (SOCK_SEQPACKET, JSON) carries requests in, "open" and "fork", and news of sessions out. A request
+brings the new session's end of a socket pair, of which the zygote keeps a copy. When the manager hangs up, it kills
+the session; when the session ends, it closes the copy and tells the manager how it ended: no process is left then.
 
 Runs on its own, so it imports nothing but the standard library and its neighbours.
 """
@@ -32,24 +31,28 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from agentrl.sandbox import forks, interpreter, jail, kernel, runner, seccomp
-from agentrl.sandbox.forks import Notary, Pending, Process
+from agentrl.sandbox import interpreter, jail, kernel, landlock, runner, seccomp
+from agentrl.sandbox.forks import Notary, Pending, Process, State
 from agentrl.sandbox.inspection import Proc
 from agentrl.sandbox.watchdog import Watchdog
 
 _PACKET_BYTES = 4096
 _ONE_DESCRIPTOR = socket.CMSG_LEN(4)
+_SOON = 0.001
+"""Seconds between two looks for a child that is being cloned."""
 
 
 class Zygote:
     """Forks sessions, kills them when the manager hangs up, reaps them when they end."""
 
-    def __init__(self, control: socket.socket, manager: int, host_proc: int, program: interpreter.Interpreter) -> None:
+    def __init__(
+        self, control: socket.socket, manager: int, host_proc: int, program: interpreter.Interpreter, watching: bool
+    ) -> None:
         self.control, self.manager, self.host_proc, self.program = control, manager, host_proc, program
-        self.filter = seccomp.assemble()
+        self.filter, self.rules = seccomp.assemble(), landlock.ruleset()
         self.own_namespace = os.open("self/ns/pid", os.O_RDONLY, dir_fd=host_proc)
-        self.notary = Notary(host_proc, os.open("self/ns/mnt", os.O_RDONLY, dir_fd=host_proc))
-        self.watchdog = Watchdog()
+        self.notary = Notary(host_proc, os.open("self/ns/mnt", os.O_RDONLY, dir_fd=host_proc), self._report)
+        self.watchdog = Watchdog(watching)
         self.processes: dict[int, Process] = {}  # by the manager's number
         self.handlers: dict[int, Callable[[], None]] = {}  # by descriptor
         self.epoll = select.epoll()
@@ -67,7 +70,7 @@ class Zygote:
         for watched in (self.control.fileno(), self.announced.fileno(), self.manager):
             self.epoll.register(watched, select.EPOLLIN)
         while True:
-            ready = [descriptor for descriptor, _ in self.epoll.poll(self.watchdog.wait(self.processes))]
+            ready = [descriptor for descriptor, _ in self.epoll.poll(self._wait())]
             if self.manager in ready:
                 return
             # First what explains the rest: a session announces itself before it is used, and the manager asks for a
@@ -81,6 +84,26 @@ class Zygote:
                 if handler is not None and self.handlers.get(descriptor) is handler:  # else an earlier one closed it
                     handler()
             self.watchdog.look(self.processes)
+            self._look_for_children()
+
+    def _report(self, name: int, **said: object) -> None:
+        """Tell the manager about a session, on the socket that no session can write to."""
+        self.control.send(json.dumps({"name": name, **said}).encode())
+
+    def _wait(self) -> float:
+        """Seconds until there is something to do without being asked; -1: for ever."""
+        if any(p.pending is not None and p.pending.state is State.CLONED for p in self.processes.values()):
+            return _SOON
+        return self.watchdog.wait(self.processes)
+
+    def _look_for_children(self) -> None:
+        """See forks under way as soon as they exist: until then their parents' limit of processes is lifted."""
+        for parent in list(self.processes.values()):
+            pending = parent.pending
+            if pending is not None and pending.state is not State.WAITING and pending.pidfd not in self.handlers:
+                with contextlib.suppress(OSError):
+                    if self.notary.find_child(parent, pending):
+                        self._watch(pending.pidfd, functools.partial(self._stillborn, parent, pending))
 
     def _watch(self, descriptor: int, handler: Callable[[], None], events: int = select.EPOLLIN) -> None:
         self.handlers[descriptor] = handler
@@ -112,34 +135,35 @@ class Zygote:
                 if pid:
                     kernel.set_pid_namespace(self.own_namespace)  # for the next child, which need not be a session
         except OSError as error:
-            forks.tell(link, {"fatal": f"a new process: {error.strerror}"})
+            self._report(request["name"], exit=None, fatal=f"a new process: {error.strerror}")
             link.close()
             return
         if pid == 0:
             _become_session(request, link.fileno(), self)
-        process = Process(request["name"], pid, link, request["limits"])
+        pidfd = os.pidfd_open(pid)
+        process = Process(request["name"], pid, link, request["limits"], Proc.behind(self.host_proc, pidfd))
+        os.close(pidfd)
+        self._report(process.name, pid=process.proc.number)
         self.processes[process.name] = process
         self._watch_link(process)
 
     def _register_announced(self) -> None:
-        """A new session's process has put up its walls: note where its calls arrive and where it is in /proc."""
+        """A new session's process has put up its walls: note where its calls arrive."""
         with contextlib.suppress(BlockingIOError):
             while True:
                 data, passed, _, _ = self.announced.recvmsg(_PACKET_BYTES, _ONE_DESCRIPTOR)
-                said = json.loads(data)
-                process = self.processes.get(said["name"])
-                if process is None or not passed:
-                    continue
-                process.listener = int.from_bytes(passed[0][2], sys.byteorder)
-                process.proc = Proc(self.host_proc, said["number"])
-                self._watch(process.listener, lambda root=process: self._notified(root))  # type: ignore[misc]
-                forks.tell(process.link, {"pid": said["number"]})
+                process = self.processes.get(int(data))
+                if process is not None and passed:
+                    process.listener = int.from_bytes(passed[0][2], sys.byteorder)
+                    self._watch(process.listener, functools.partial(self._notified, process))
 
     def _expect_fork(self, request: dict[str, Any], link: socket.SocketType) -> None:
         parent = self.processes.get(request["parent"])
         if parent is None or parent.pending is not None:
-            link.close()  # it has ended meanwhile
+            self._report(request["name"], failed=["the session has ended meanwhile"])
+            link.close()
             return
+        parent.signal(signal.SIGCONT)
         pending = parent.pending = Pending(request["name"], link, parent.limits)
         self._watch(link.fileno(), lambda: self._abandon(parent, pending), select.EPOLLRDHUP)
 
@@ -147,22 +171,26 @@ class Zygote:
         parent.pending = None
         self._forget(pending.link.fileno())
         self._forget(pending.pidfd)
-        self.notary.settle(parent)
         pending.abandon()
+        self.notary.settle(parent)
+        parent.freeze()
+
+    def _stillborn(self, parent: Process, pending: Pending) -> None:
+        assert pending.proc is not None
+        code, _ = pending.proc.ended()
+        why = os.strerror(code) if code is not None and code > 0 else "it ended"
+        self._report(pending.name, failed=[f"its files cannot be copied: {why}"])
+        self._abandon(parent, pending)
 
     def _notified(self, root: Process) -> None:
         tree = [root, *(p for p in self.processes.values() if p.listener == root.listener and p is not root)]
         born = self.notary.answer(root.listener, tree)
-        for parent in tree:
-            pending = parent.pending
-            if pending is not None and pending.pidfd >= 0 and pending.pidfd not in self.handlers:
-                self._watch(pending.pidfd, functools.partial(self._abandon, parent, pending))
         if born is not None:
             self._forget(born.link.fileno())
             self._forget(born.pidfd)
             self.processes[born.name] = born
             self._watch_link(born)
-            self._watch(born.pidfd, lambda: self._ended(born, *born.proc.ended()))  # type: ignore[union-attr]
+            self._watch(born.pidfd, lambda: self._ended(born, *born.proc.ended()))
 
     def _watch_link(self, process: Process) -> None:
         def hung_up() -> None:
@@ -195,26 +223,29 @@ class Zygote:
         elif process.listener >= 0:
             self._forget(process.listener)
             os.close(process.listener)
-        forks.tell(process.link, {"exit": code, "cpu": round(cpu, 3), "killed_for": process.killed_for})
+        if code in (None, -signal.SIGKILL) and process.killed_for is None and process.killed_by_parent():
+            process.killed_for = "a session that it was forked from"
         process.link.close()
+        self._report(process.name, exit=code, cpu=round(cpu, 3), killed_for=process.killed_for)
 
 
 def _become_session(request: dict[str, Any], link: int, zygote: Zygote) -> NoReturn:
     """The rest of a session's life; never returns into the zygote's loop."""
     try:
         number = os.readlink("self", dir_fd=zygote.host_proc)
-        kept = (link, zygote.announcing.fileno(), zygote.host_proc)
+        kept = [link, zygote.announcing.fileno(), zygote.host_proc]
+        kept += [zygote.rules] if zygote.rules >= 0 else []
         aside = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 16) for descriptor in kept]  # so that none replaces another
         for place, descriptor in enumerate(aside, runner.CONTROL):
             os.dup2(descriptor, place)
         announcing, host_proc = runner.CONTROL + 1, runner.CONTROL + 2
-        kernel.close_from(host_proc + 1)
+        rules = host_proc + 1 if zygote.rules >= 0 else -1
+        kernel.close_from(runner.CONTROL + len(kept))
         signal.set_wakeup_fd(-1)
         _signal.signal(signal.SIGCHLD, _signal.SIG_DFL)
-        listener = jail.confine(request["limits"], zygote.filter, host_proc, number)
-        said = json.dumps({"name": request["name"], "number": number}).encode()
+        listener = jail.confine(request["limits"], zygote.filter, host_proc, number, rules)
         with socket.socket(fileno=announcing) as channel:
-            socket.send_fds(channel, [said], [listener])
+            socket.send_fds(channel, [str(request["name"]).encode()], [listener])
         os.close(listener)
         runner.open_output()
         zygote.program.adopt(request["seed"])
@@ -264,7 +295,7 @@ def main(config: dict[str, Any]) -> NoReturn:
             os.close(host_proc)
             os._exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) & 0xFF)
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-        zygote = Zygote(control, manager, host_proc, _prepare(config))
+        zygote = Zygote(control, manager, host_proc, _prepare(config), config["watching"])
         control.send(b'{"ready": true}')
     except jail.Missing as error:
         control.send(json.dumps({"missing": error.args}).encode())
