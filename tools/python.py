@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from agentrl.errors import SandboxError
-from agentrl.sandbox.base import ExecResult, Sandbox, Session
+from agentrl.errors import ForkRefused, SandboxError
+from agentrl.sandbox.base import ExecResult, Rng, Sandbox, Session
 from agentrl.sandbox.shared import shared_sandbox
 from agentrl.tool import Tool
 from agentrl.types import ForkLevel
@@ -17,13 +17,12 @@ ERROR_LINES = 6
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One thing done to the session: a cell run, or a file put in."""
+    """One thing that the environment did to the session: a cell run, or a file put in."""
 
     code: str = ""
     path: str = ""
     data: bytes = b""
     status: str = ""
-    setup: bool = False
 
 
 class Python(Tool):
@@ -32,23 +31,34 @@ class Python(Tool):
     What an environment does through ``exec`` and ``put_file`` is part of the task: when a cell takes the session down
     with it, a new one gets that part again, and the policy reads that its own variables are gone.
 
-    A fork is a new session with the same seed in which everything is done again.
+    A fork is an exact one, of the live session: variables, open files and the scratch folders. What it was forked from
+    goes on in a fork of its own, made when it is next used.
 
     Args:
         deadline: seconds that one cell may run.
+        profile: what the session is made of, a folder of ``sandboxes/``.
+        rng: random numbers in a fork; see ``agentrl.sandbox.base.Rng``.
         sandbox: where to open the session; default the event loop's shared one.
     """
 
     name = "python"
     timeout = 120.0  # covers cells of one turn that wait for each other; the session's own deadline comes first
-    fork_level = ForkLevel.REPLAY
+    fork_level = ForkLevel.SNAPSHOT
 
-    def __init__(self, *, deadline: float = 5.0, sandbox: Sandbox | None = None) -> None:
-        self.deadline = deadline
+    def __init__(
+        self,
+        *,
+        deadline: float = 5.0,
+        profile: str = "python",
+        rng: Rng = "inherit",
+        sandbox: Sandbox | None = None,
+    ) -> None:
+        self.deadline, self.profile, self.rng = deadline, profile, rng
         self._sandbox = sandbox
         self._seed = 0
-        self._done: list[_Entry] = []
+        self._setup: list[_Entry] = []
         self._session: Session | None = None
+        self._forked = False  # then the session is frozen, and what goes on is a fork of it
         self._turn = asyncio.Lock()
 
     async def start(self, seed: int) -> None:
@@ -61,7 +71,7 @@ class Python(Tool):
         Args:
             code: The code.
         """
-        return _describe(await self._exec(_Entry(code)))
+        return _describe(await self._exec(code))
 
     async def exec(self, code: str) -> ExecResult:
         """Run a cell on the environment's behalf, in ``setup`` or ``reward``; cells run one at a time.
@@ -69,7 +79,10 @@ class Python(Tool):
         Raises:
             SandboxError: the sandbox failed.
         """
-        return await self._exec(_Entry(code, setup=True))
+        result = await self._exec(code)
+        if result.state_kept:
+            self._setup.append(_Entry(code, status=str(result.status)))
+        return result
 
     async def put_file(self, path: str, data: bytes) -> None:
         """Put a file into the session's folder on the environment's behalf.
@@ -79,7 +92,7 @@ class Python(Tool):
         """
         async with self._turn:
             await (await self._open()).put_file(path, data)
-            self._done.append(_Entry(path=path, data=data, setup=True))
+            self._setup.append(_Entry(path=path, data=data))
 
     async def get_file(self, path: str) -> bytes:
         """A file of the session's folder.
@@ -91,44 +104,58 @@ class Python(Tool):
             return await (await self._open()).get_file(path)
 
     async def fork(self) -> Python:
-        """A tool that repeats what was done here when it is first used."""
+        """A tool whose session is in the same state, independent from now on.
+
+        Raises:
+            ForkRefused: the program holds what cannot be forked; lists what.
+            SandboxError: the sandbox failed.
+        """
         async with self._turn:
-            twin = Python(deadline=self.deadline, sandbox=self._sandbox)
-            twin._seed, twin._done = self._seed, list(self._done)
+            twin = Python(deadline=self.deadline, profile=self.profile, rng=self.rng, sandbox=self._sandbox)
+            twin._seed, twin._setup = self._seed, list(self._setup)
+            if self._session is not None:
+                try:
+                    twin._session = await self._session.fork(self.rng)
+                except ForkRefused as refusal:
+                    raise ForkRefused(f"tool {self.name!r}: {refusal}", refusal.reasons) from refusal
+                self._forked = True
             return twin
 
     async def close(self) -> None:
         """Close the session if one was opened. Safe to call twice."""
         session, self._session = self._session, None
+        self._forked = False
         if session is not None:
             await session.close()
 
-    async def _exec(self, entry: _Entry) -> ExecResult:
+    async def _exec(self, code: str) -> ExecResult:
         async with self._turn:
             session = await self._open()
             try:
-                result = await session.exec(entry.code, self.deadline)
+                result = await session.exec(code, self.deadline)
             except (asyncio.CancelledError, SandboxError):
-                # Nobody knows the state of a session that was left in the middle of a cell.
-                await self._lose()
+                await self.close()  # nobody knows the state of a session that was left in the middle of a cell
                 raise
-            if result.state_kept:
-                self._done.append(replace(entry, status=str(result.status)))
-            else:
-                await self._lose()
+            if not result.state_kept:
+                await self.close()
             return result
 
     async def _open(self) -> Session:
         if self._session is None:
             sandbox = self._sandbox or shared_sandbox()
-            session = await sandbox.open(seed=self._seed)
+            session = await sandbox.open(self.profile, seed=self._seed)
             try:
-                for entry in self._done:
+                for entry in self._setup:
                     await self._repeat(session, entry)
             except BaseException:
                 await session.close()
                 raise
             self._session = session
+        elif self._forked:
+            frozen = self._session
+            self._session = await frozen.fork()
+            self._forked = False
+            await frozen.close()
         return self._session
 
     async def _repeat(self, session: Session, entry: _Entry) -> None:
@@ -141,10 +168,6 @@ class Python(Tool):
                 f"python: a repeated cell ended with {result.status} instead of {entry.status}, so the session is not "
                 f"what it was; the cell was {entry.code[:200]!r}. Cells that depend on time cannot be repeated."
             )
-
-    async def _lose(self) -> None:
-        self._done = [entry for entry in self._done if entry.setup]
-        await self.close()
 
 
 def _describe(result: ExecResult) -> str:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from agentrl.env import make_tool
-from agentrl.errors import SandboxError
+from agentrl.errors import ForkRefused, SandboxError
 from agentrl.sandbox.base import ExecResult, ExecStatus
 from agentrl.sandbox.shared import close_shared_sandboxes, shared_sandbox
 from agentrl.tool import dispatch, dispatch_all
@@ -45,7 +45,7 @@ async def test_the_schema_is_short_enough_for_a_tiny_policy(python):
 
 async def test_nothing_is_opened_before_the_first_call():
     class NoSandbox:
-        async def open(self, **options):
+        async def open(self, profile, **options):
             raise AssertionError("opened")
 
     tool = make_tool("python", sandbox=NoSandbox())
@@ -108,32 +108,76 @@ async def test_cells_of_one_turn_run_in_their_order(python):
 
 async def test_a_fork_is_the_same_state_and_independent(python):
     tool = await python(seed=7)
-    assert tool.fork_level is ForkLevel.REPLAY
+    assert tool.fork_level is ForkLevel.SNAPSHOT
     await tool.put_file("f.txt", b"data")
-    await tool.run("import random; xs = [random.random()]")
+    await tool.run("import random, time; xs = [random.random(), time.time()]; f = open('f.txt'); f.read(2)")
     await tool.run("xs.append(1 / 0)")
     twin = await tool.fork()
     try:
-        await tool.run("xs.append('parent')")
-        assert await twin.run("len(xs)") == "1"
-        assert await twin.run("xs[0]") == await tool.run("xs[0]")
-        assert await twin.run("open('f.txt').read()") == "'data'"
+        await tool.run("xs.append('parent'); f.read()")
+        assert await twin.run("len(xs)") == "2"
+        assert await twin.run("xs[:2]") == await tool.run("xs[:2]")  # a time cannot be repeated, only kept
+        assert await twin.run("f.read()") == "'ta'"
         assert await twin.run("random.random()") == await tool.run("random.random()")
-        await twin.run("xs.append('twin')")
-        assert await tool.run("xs[1:]") == "['parent']"
+        await twin.run("xs.append('twin'); open('f.txt', 'w').write('twin')")
+        assert await tool.run("xs[2:], open('f.txt').read()") == "(['parent'], 'data')"
     finally:
         await twin.close()
 
 
-async def test_a_fork_that_cannot_be_repeated_is_an_infrastructure_failure(python):
+async def test_forks_of_forks_and_siblings(python):
     tool = await python()
-    await tool.run("import time")
-    await tool.run(f"assert time.time() < {__import__('time').time() + 0.3}")
+    await tool.run("path = 'root'")
+    twins = [await tool.fork() for _ in range(3)]
+    for number, twin in enumerate(twins):
+        await twin.run(f"path += '.{number}'")
+    inner = await twins[1].fork()
+    await tool.close()
+    await twins[1].close()
+    assert await inner.run("path + '.0'") == "'root.1.0'"
+    assert [await twins[i].run("path") for i in (0, 2)] == ["'root.0'", "'root.2'"]
+    for twin in (*twins, inner):
+        await twin.close()
+
+
+async def test_a_fork_can_have_random_numbers_of_its_own(python):
+    tool = await python(rng="derive")
+    await tool.run("import random, numpy")
+    twins = [await tool.fork() for _ in range(2)]
+    drawn = [await t.run("random.random(), numpy.random.rand()") for t in (tool, *twins)]
+    for twin in twins:
+        await twin.close()
+    assert len(set(drawn)) == 3
+
+
+async def test_what_cannot_be_forked_is_named(python):
+    tool = await python()
+    await tool.run(
+        "import threading, os\nevent = threading.Event()\nthreading.Thread(target=event.wait).start()\np = os.pipe()"
+    )
+    with pytest.raises(ForkRefused, match="tool 'python'.*running thread.*pipe") as caught:
+        await tool.fork()
+    assert len(caught.value.reasons) == 3
+    assert await tool.run("event.set(); 1") == "1"
+
+
+async def test_a_fork_of_an_unused_tool_is_unused(python):
+    tool = await python(seed=3)
+    await tool.put_file("f", b"1")
+    await tool.run("import os; os._exit(0)")
     twin = await tool.fork()
-    await asyncio.sleep(0.4)
-    with pytest.raises(SandboxError, match=r"ended with error instead of ok.*cannot be repeated"):
-        await twin.run("1")
+    assert await twin.run("open('f').read()") == await tool.run("open('f').read()") == "'1'"
     await twin.close()
+
+
+async def test_a_setup_that_cannot_be_repeated_is_an_infrastructure_failure(python):
+    tool = await python()
+    await tool.exec("import time")  # starts the zygote, which takes longer than the cell may wait
+    await tool.exec(f"assert time.time() < {__import__('time').time() + 0.3}")
+    await asyncio.sleep(0.4)
+    await tool.run("import os; os._exit(1)")
+    with pytest.raises(SandboxError, match=r"ended with error instead of ok.*cannot be repeated"):
+        await tool.run("1")
 
 
 async def test_a_cancelled_cell_takes_its_session_along(python):
@@ -151,7 +195,7 @@ async def test_a_cancelled_cell_takes_its_session_along(python):
 
 async def test_sandbox_failures_are_raised_not_read():
     class Failing:
-        async def open(self, **options):
+        async def open(self, profile, **options):
             return self
 
         async def exec(self, code, deadline):
