@@ -210,6 +210,7 @@ class Notary:
         pending.pid, pending.pidfd, pending.proc = int(pids[self.level]), pidfd, proc
         self.settle(parent)
         self._let_fork(pending.pid, pending.limits, allowed=False)
+        parent.freeze()
         return True
 
     def _decide(
@@ -299,7 +300,7 @@ class Notary:
             found.append("capabilities")
         if pending.proc.socket() != os.fstat(parent.link.fileno()).st_ino:
             found.append("another control socket")
-        if set(parent.proc.children()) - parent.forks:
+        if not parent.proc.stopped() or set(parent.proc.children()) - parent.forks:
             found.append("processes of its parent that were made meanwhile")
         if found:
             self.report(pending.name, failed=[f"the child has {thing}" for thing in found])
@@ -310,7 +311,6 @@ class Notary:
         parent.pending = None
         born = Process(pending.name, pending.pid, pending.link, pending.limits, pending.proc)
         born.listener, born.pidfd, born.parent = listener, pending.pidfd, parent
-        parent.freeze()
         self.report(born.name, born=born.proc.number)
         return born
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
 from collections.abc import Collection
 
 from agentrl.sandbox.runner import CONTROL
 
 SCRATCH = ("work", "tmp")
 _SCRATCH = tuple(f"/{name}" for name in SCRATCH)
+_LOOKS, _BETWEEN = 100, 0.0002
 _PAGE = os.sysconf("SC_PAGESIZE")
 _SHARED_MAP = re.compile(rb"(\w+)-(\w+) (...)s \w+ (\w+:\w+) \d+ *(.*)")
 _LOCK = re.compile(r"^lock:.*$", re.MULTILINE)
@@ -60,6 +62,14 @@ class Proc:
         if fields[0] not in "ZX":
             return None, 0.0
         return os.waitstatus_to_exitcode(int(fields[49])), sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+    def stopped(self) -> bool:
+        """Whether it stands still; waits a moment for the signal to get there."""
+        for _ in range(_LOOKS):
+            if self._text("stat").rpartition(")")[2].split()[0] == "T":
+                return True
+            time.sleep(_BETWEEN)
+        return False
 
     def resident(self) -> int:
         """Resident bytes; pages shared with other processes count in full."""

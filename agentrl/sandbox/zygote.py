@@ -77,7 +77,7 @@ class Zygote:
             # fork before the session does.
             if self.announced.fileno() in ready:
                 self._register_announced()
-            if self.control.fileno() in ready and not self._take_request():
+            if self.control.fileno() in ready and not self._take_requests():
                 return
             handlers = [(descriptor, self.handlers.get(descriptor)) for descriptor in ready]
             for descriptor, handler in handlers:
@@ -113,16 +113,19 @@ class Zygote:
         if self.handlers.pop(descriptor, None) is not None:
             self.epoll.unregister(descriptor)
 
-    def _take_request(self) -> bool:
-        data, passed, _, _ = self.control.recvmsg(_PACKET_BYTES, _ONE_DESCRIPTOR)
-        if not data:
-            return False
-        if passed:  # else there was no descriptor left, and the manager reads the end of file
-            # SocketType: the bare C type, as the fewer objects are touched here, the fewer pages a fork has to copy
-            descriptor = int.from_bytes(passed[0][2], sys.byteorder)
-            link = socket.SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
-            request = json.loads(data)
-            (self._open if request["op"] == "open" else self._expect_fork)(request, link)
+    def _take_requests(self) -> bool:
+        """Take every request that is there; False when the manager has gone."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                data, passed, _, _ = self.control.recvmsg(_PACKET_BYTES, _ONE_DESCRIPTOR, socket.MSG_DONTWAIT)
+                if not data:
+                    return False
+                if passed:  # else there was no descriptor left, and the manager reads the end of file
+                    # SocketType: the bare C type: the fewer objects are touched here, the fewer pages a fork copies
+                    descriptor = int.from_bytes(passed[0][2], sys.byteorder)
+                    link = socket.SocketType(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
+                    request = json.loads(data)
+                    (self._open if request["op"] == "open" else self._expect_fork)(request, link)
         return True
 
     def _open(self, request: dict[str, Any], link: socket.SocketType) -> None:
@@ -195,6 +198,7 @@ class Zygote:
     def _watch_link(self, process: Process) -> None:
         def hung_up() -> None:
             self._forget(process.link.fileno())
+            process.killed_for = process.killed_for or "closing its control socket"  # unless the manager did, and knows
             process.kill()
 
         self._watch(process.link.fileno(), hung_up, select.EPOLLRDHUP)
