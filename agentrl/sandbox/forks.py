@@ -71,6 +71,7 @@ class Process:
         listener: where the calls of its tree are answered; -1 until it has put up its walls.
         pidfd: of a fork, which is not a child of the zygote; -1 for others.
         parent: the session it was forked from.
+        announced: whether the zygote has its listener, for which it waits in its first call.
         mapped: whether its user namespace, which a fork made itself, knows its user.
         forks: names in /proc of the processes forked from it, dead ones too: nobody waits for them.
         pending: the fork of it that is under way.
@@ -87,6 +88,7 @@ class Process:
     listener: int = -1
     pidfd: int = -1
     parent: Process | None = None
+    announced: bool = False
     mapped: bool = False
     forks: set[str] = field(default_factory=set)
     pending: Pending | None = None
@@ -234,6 +236,9 @@ class Notary:
 
     def _of_parent(self, tree: list[Process], process: Process, called: str | None) -> int:
         pending = process.pending
+        if not process.announced and called == "unshare":
+            process.announced = True
+            return 0
         if pending is not None and pending.state is State.WAITING:
             helper = self._map_ids(process)
             reasons = process.proc.obstacles(process.forks)
@@ -310,7 +315,7 @@ class Notary:
         fcntl.ioctl(listener, _PUT, put)
         parent.pending = None
         born = Process(pending.name, pending.pid, pending.link, pending.limits, pending.proc)
-        born.listener, born.pidfd, born.parent = listener, pending.pidfd, parent
+        born.listener, born.announced, born.pidfd, born.parent = listener, True, pending.pidfd, parent
         self.report(born.name, born=born.proc.number)
         return born
 

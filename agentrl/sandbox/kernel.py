@@ -48,6 +48,7 @@ _NUMBERS = {
     },
 }
 _SAME_EVERYWHERE = {
+    "pidfd_getfd": 438,
     "close_range": 436,
     "mount_setattr": 442,
     "landlock_create_ruleset": 444,
@@ -157,6 +158,11 @@ def enter_root(path: str) -> None:
     _syscall("pivot_root", ctypes.c_char_p(b"."), ctypes.c_char_p(b"."))
     _checked(_libc.umount2(b".", MNT_DETACH), "umount of the old root")
     os.chdir("/")
+
+
+def take_descriptor(pidfd: int, number: int) -> int:
+    """A copy of another process's descriptor (pidfd_getfd(2), Linux 5.6)."""
+    return _syscall("pidfd_getfd", ctypes.c_int(pidfd), ctypes.c_int(number), ctypes.c_uint(0))
 
 
 def prctl(option: int, value: int = 0) -> None:

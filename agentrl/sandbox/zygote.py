@@ -151,14 +151,22 @@ class Zygote:
         self._watch_link(process)
 
     def _register_announced(self) -> None:
-        """A new session's process has put up its walls: note where its calls arrive."""
+        """A new session's process has put up its walls: take hold of where its calls arrive.
+
+        It is taken, not sent: how many descriptors may be under way in messages is counted per user, so that one
+        session could keep all others from sending any.
+        """
         with contextlib.suppress(BlockingIOError):
             while True:
-                data, passed, _, _ = self.announced.recvmsg(_PACKET_BYTES, _ONE_DESCRIPTOR)
-                process = self.processes.get(int(data))
-                if process is not None and passed:
-                    process.listener = int.from_bytes(passed[0][2], sys.byteorder)
+                name, number = map(int, self.announced.recv(_PACKET_BYTES).split())
+                process = self.processes.get(name)
+                if process is None:
+                    continue
+                pidfd = os.pidfd_open(process.pid)
+                with contextlib.suppress(OSError):  # it has died meanwhile
+                    process.listener = kernel.take_descriptor(pidfd, number)
                     self._watch(process.listener, functools.partial(self._notified, process))
+                os.close(pidfd)
 
     def _expect_fork(self, request: dict[str, Any], link: socket.SocketType) -> None:
         parent = self.processes.get(request["parent"])
@@ -248,8 +256,9 @@ def _become_session(request: dict[str, Any], link: int, zygote: Zygote) -> NoRet
         signal.set_wakeup_fd(-1)
         _signal.signal(signal.SIGCHLD, _signal.SIG_DFL)
         listener = jail.confine(request["limits"], zygote.filter, host_proc, number, rules)
-        with socket.socket(fileno=announcing) as channel:
-            socket.send_fds(channel, [str(request["name"]).encode()], [listener])
+        os.write(announcing, f"{request['name']} {listener}".encode())
+        os.close(announcing)
+        kernel.rendezvous()  # until the zygote has it
         os.close(listener)
         runner.open_output()
         zygote.program.adopt(request["seed"])
