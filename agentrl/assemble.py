@@ -15,6 +15,7 @@ from agentrl.renderer import Renderer
 from agentrl.rollout.episode import TokenWriter, Writer
 from agentrl.rollout.scheduler import Scheduler
 from agentrl.sampler.hf import HFSampler
+from agentrl.sandbox.shared import close_shared_sandboxes, use_sandbox
 from agentrl.types import SamplingParams
 
 
@@ -27,7 +28,7 @@ class Actors:
 
 
 def env_factory(config: RunConfig) -> Callable[[], Any]:
-    """Makes the configured environment, over and over.
+    """Makes the configured environment, over and over; its tools take the configured sandbox.
 
     Raises:
         ConfigError: no environment is named.
@@ -38,6 +39,7 @@ def env_factory(config: RunConfig) -> Callable[[], Any]:
         raise ConfigError(
             f"no environment named; expected one of {', '.join(registry.names('envs'))} or file.py:Class."
         )
+    use_sandbox(config.sandbox)
     factory = registry.load("envs", config.env)
     try:
         factory(**config.env_options)
@@ -62,8 +64,6 @@ def use_threads(config: RunConfig) -> None:
 @asynccontextmanager
 async def local_actors(config: RunConfig, model: Any, tokenizer: Any, version: int = 0) -> AsyncIterator[Actors]:
     """The embedded sampler on a copy of ``model``, with everything closed at the end."""
-    from agentrl.sandbox.shared import close_shared_sandboxes
-
     use_threads(config)
     renderer = Renderer(tokenizer, config.policy.tool_format)
     params = sampling_params(config)

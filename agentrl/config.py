@@ -98,6 +98,13 @@ class RolloutConfig(Section):
     max_failures: float = Field(0.2, ge=0, le=1, description="share of failed episodes in a step that stops the run")
 
 
+class SandboxConfig(Section):
+    """Where tools run the code that a policy wrote."""
+
+    backend: Literal["local", "docker", "remote"] = Field("local", description="whose sessions; see agentrl doctor")
+    url: str = Field("", description="remote: the server's address; docker: the engine's, empty: DOCKER_HOST")
+
+
 class TrainConfig(Section):
     """The optimisation."""
 
@@ -149,6 +156,7 @@ class RunConfig(Section):
     policy: PolicyConfig = PolicyConfig()
     sampler: SamplerConfig = SamplerConfig()
     rollout: RolloutConfig = RolloutConfig()
+    sandbox: SandboxConfig = SandboxConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     train: TrainConfig = TrainConfig()
     sft: SFTConfig = SFTConfig()
@@ -192,6 +200,10 @@ def load_config(file: str | None = None, overrides: Mapping[str, Any] | None = N
             f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors(include_url=False)
         )
         raise ConfigError("invalid configuration: " + "; ".join(lines)) from error
+    if config.sandbox.backend == "remote" and not config.sandbox.url:
+        raise ConfigError("sandbox.backend is remote, so sandbox.url is needed: the address that the server printed.")
+    if config.sandbox.backend == "local" and config.sandbox.url:
+        raise ConfigError(f"sandbox.url is {config.sandbox.url!r}, but sandbox.backend is local: expected no url.")
     if config.algorithm.overlong_buffer > config.rollout.max_tokens:
         raise ConfigError(
             f"algorithm.overlong_buffer is {config.algorithm.overlong_buffer}: expected at most rollout.max_tokens, "

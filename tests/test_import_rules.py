@@ -42,7 +42,7 @@ LAYERS = [
     {"sandboxes", "sampler", "rollout", "gym", "demonstrations", "_scripted", "conformance", "learner", "scaffold"},
     {"assemble", "trace", "warmstart", "plot", "pytest_plugin"},
     {"train", "evaluate", "__init__"},
-    {"run", "demo"},
+    {"run", "demo", "doctor"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

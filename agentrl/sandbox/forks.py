@@ -46,6 +46,7 @@ _RECEIVE, _SEND, _PUT = 0xC050_2100, 0xC018_2101, 0x4018_2103
 _CONTINUE, _AT_NUMBER = 1, 1
 _MOMENT = 0.5
 """Seconds after which what a stopped parent did is over."""
+_FLOOD = "calls that are none of its business"
 _STRIKES = 200
 """Every so many calls out of order, the process that makes them is killed: each costs the zygote's time."""
 
@@ -77,6 +78,7 @@ class Process:
         pending: the fork of it that is under way.
         thawed: the time until which it was last running, where it has been forked.
         strikes: calls out of order, of the whole tree below a session from ``open``.
+        flooded: the last time that one of the tree was killed for such calls.
         killed_for: why it was killed, where it was not the manager's wish.
     """
 
@@ -94,6 +96,7 @@ class Process:
     pending: Pending | None = None
     thawed: float = 0.0
     strikes: int = 0
+    flooded: float = 0.0
     killed_for: str | None = None
 
     def signal(self, number: int) -> None:
@@ -114,14 +117,14 @@ class Process:
             self.signal(signal.SIGSTOP)
             self.thawed = time.monotonic()
 
-    def killed_by_parent(self) -> bool:
-        """Whether a session that it was forked from was running a moment ago: nobody else below can have killed it."""
-        above, now = self.parent, time.monotonic()
-        while above is not None:
-            if above.pending is not None or now - above.thawed < _MOMENT:
-                return True
+    def killer_below(self) -> str | None:
+        """What in the sandbox can have killed it with SIGKILL a moment ago; None: it was somebody outside."""
+        above, since = self, time.monotonic() - _MOMENT
+        while above.parent is not None:
             above = above.parent
-        return False
+            if above.pending is not None or above.thawed > since:
+                return "a session that it was forked from"
+        return _FLOOD if above.flooded > since else None
 
 
 @dataclass(slots=True, eq=False)
@@ -259,9 +262,7 @@ class Notary:
         tree[0].strikes += 1
         if tree[0].strikes % _STRIKES:
             return
-        for process in tree:
-            if process.pid == pid:
-                process.killed_for = "calls that are none of its business"
+        tree[0].flooded = time.monotonic()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # it waits for its answer, so the number is still its own
 

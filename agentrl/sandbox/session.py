@@ -289,7 +289,8 @@ class LocalSession:
                 why = f"the session and its files were lost: {self._lost}"
                 raise FileNotFoundError(errno.ENOENT, why, request["path"])
         if "errno" in head:
-            code = head["errno"] if head["errno"] in _FILE_ERRORS else errno.EIO
+            said = head["errno"]
+            code = said if isinstance(said, int) and said in _FILE_ERRORS else errno.EIO
             raise OSError(code, _printable(str(head.get("strerror")))[:_MESSAGE_CHARS], request["path"])
         return content
 

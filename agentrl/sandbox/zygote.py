@@ -235,8 +235,8 @@ class Zygote:
         elif process.listener >= 0:
             self._forget(process.listener)
             os.close(process.listener)
-        if code in (None, -signal.SIGKILL) and process.killed_for is None and process.killed_by_parent():
-            process.killed_for = "a session that it was forked from"
+        if code in (None, -signal.SIGKILL) and process.killed_for is None:
+            process.killed_for = process.killer_below()
         process.link.close()
         self._report(process.name, exit=code, cpu=round(cpu, 3), killed_for=process.killed_for)
 
