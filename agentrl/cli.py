@@ -28,6 +28,8 @@ agentrl: train and evaluate tool-using language models
   agentrl new NAME                write a new environment folder with its test
   agentrl check ENV               the conformance kit
   agentrl keys                    every configuration key with its default
+  agentrl doctor                  what isolation this machine gives, by doing, and what each sandbox backend needs
+  agentrl sandbox serve           lend this machine's sandbox to others, over HTTP with a token
 
 ENV is a registered name, a folder here with an ENV, file.py:Class or module:Class.
 Configuration: @ file.toml, then AGENTRL_SECTION__KEY variables, then --section.key value.
@@ -38,6 +40,10 @@ Configuration: @ file.toml, then AGENTRL_SECTION__KEY variables, then --section.
   --compare P      a second policy on the same tasks, and their paired difference (eval)
   --json FILE      write the result as JSON (eval, check)
   --short          every part of the demo in about a minute (demo)
+
+sandbox serve takes --host 127.0.0.1, --port 8421 (0: any free one), --certfile and --keyfile for TLS, --token-file
+(default: the variable AGENTRL_SANDBOX_TOKEN, else a new token is printed), --max-sessions 512 and --max-calls 1024 of
+one client, and --idle-seconds 600, after which the sessions of a silent client are closed.
 """
 
 OPTIONS = {"policy", "out", "resume", "dry_run", "compare", "json", "short"}
@@ -210,6 +216,38 @@ def _keys(words: list[str]) -> None:
         print(f"{key:<28}{default:<28}{meaning}")
 
 
+def _doctor(words: list[str]) -> None:
+    import asyncio
+
+    from agentrl.doctor import examine, profile_names
+
+    Arguments(words, None, set(), configured=False)
+
+    async def report() -> bool:
+        usable = True
+        async for finding in examine():
+            print(f"{finding.backend:<8}{finding.what:<12}{finding.state:<12}{finding.detail}", flush=True)
+            usable = usable and finding.state != "missing"
+        print(f"profiles: {profile_names()}")
+        return usable
+
+    if not asyncio.run(report()):
+        sys.exit(1)
+
+
+def _sandbox(words: list[str]) -> None:
+    from agentrl.sandbox.serve import read_options, run
+
+    if not words:
+        raise UserError("expected a command after agentrl sandbox, as in: agentrl sandbox serve")
+    if words[0] != "serve":
+        raise UnknownName("command after agentrl sandbox:", words[0], ["serve"])
+    file, flags = parse_flags(words[1:])
+    if file is not None:
+        raise UserError(f"@ {file} does not go with this command; see agentrl --help.")
+    run(read_options(flags))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "list": _list,
@@ -219,6 +257,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "new": _new,
     "check": _check,
     "keys": _keys,
+    "doctor": _doctor,
+    "sandbox": _sandbox,
 }
 
 if __name__ == "__main__":

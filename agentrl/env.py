@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from agentrl import registry
-from agentrl.errors import EnvError, ForkRefused, RewardError, TaskError, UserError
+from agentrl.errors import EnvError, ForkRefused, IsolationUnavailable, RewardError, TaskError, UserError
 from agentrl.tool import FunctionTool, Tool, dispatch_all
 from agentrl.types import Episode, ForkLevel, Message, Outcome, StepResult, Task, ToolResult
 
@@ -222,7 +222,7 @@ class ToolEnv:
             if not inspect.isawaitable(scoring):
                 raise RewardError(f"{type(self).__name__}.reward is a plain function: make it `async def reward`.")
             reward = await scoring
-        except (EnvError, UserError):
+        except (EnvError, UserError, IsolationUnavailable):
             raise
         except Exception as error:
             raise RewardError(

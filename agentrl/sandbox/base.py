@@ -257,6 +257,10 @@ def scratch_path(path: str) -> str:
     absolute = posixpath.normpath(posixpath.join(SCRATCH[0], path))
     if "\0" in path or not any(absolute.startswith(folder + "/") for folder in SCRATCH):
         raise UserError(f"a session's files are under {' and '.join(SCRATCH)}; {path!r} is not. Use a relative path.")
+    try:
+        absolute.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path!r} cannot be the name of a file: it is not Unicode text.") from error
     return absolute
 
 

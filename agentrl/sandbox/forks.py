@@ -35,7 +35,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from agentrl.sandbox import jail, kernel
+from agentrl.sandbox import jail, kernel, wire
 from agentrl.sandbox.inspection import Proc
 from agentrl.sandbox.runner import CONTROL
 
@@ -76,6 +76,7 @@ class Process:
         mapped: whether its user namespace, which a fork made itself, knows its user.
         forks: names in /proc of the processes forked from it, dead ones too: nobody waits for them.
         pending: the fork of it that is under way.
+        frozen: whether it has been forked.
         thawed: the time until which it was last running, where it has been forked.
         strikes: calls out of order, of the whole tree below a session from ``open``.
         flooded: the last time that one of the tree was killed for such calls.
@@ -94,6 +95,7 @@ class Process:
     mapped: bool = False
     forks: set[str] = field(default_factory=set)
     pending: Pending | None = None
+    frozen: bool = False
     thawed: float = 0.0
     strikes: int = 0
     flooded: float = 0.0
@@ -111,11 +113,14 @@ class Process:
         """End it and, as it is the first process of a PID namespace, everything below."""
         self.signal(signal.SIGKILL)
 
-    def freeze(self) -> None:
-        """Stop it if it is a parent."""
-        if self.forks:
-            self.signal(signal.SIGSTOP)
-            self.thawed = time.monotonic()
+    def stop(self) -> None:
+        """Let it stand still: as a parent, or while a child is made sure of."""
+        self.signal(signal.SIGSTOP)
+        self.thawed = time.monotonic()
+
+    def go_on(self) -> None:
+        """Let it run."""
+        self.signal(signal.SIGCONT)
 
     def killer_below(self) -> str | None:
         """What in the sandbox can have killed it with SIGKILL a moment ago; None: it was somebody outside."""
@@ -123,7 +128,7 @@ class Process:
         while above.parent is not None:
             above = above.parent
             if above.pending is not None or above.thawed > since:
-                return "a session that it was forked from"
+                return wire.ANCESTOR
         return _FLOOD if above.flooded > since else None
 
 
@@ -176,7 +181,7 @@ class Notary:
         """
         buffer = bytearray(_NOTIFICATION.size)
         try:
-            fcntl.ioctl(listener, _RECEIVE, buffer, True)
+            _patiently(listener, _RECEIVE, buffer)
         except OSError:  # the caller has died or was interrupted
             return None
         identity, pid, _, number, *_ = _NOTIFICATION.unpack(buffer)
@@ -215,7 +220,7 @@ class Notary:
         pending.pid, pending.pidfd, pending.proc = int(pids[self.level]), pidfd, proc
         self.settle(parent)
         self._let_fork(pending.pid, pending.limits, allowed=False)
-        parent.freeze()
+        parent.stop()
         return True
 
     def _decide(
@@ -313,8 +318,8 @@ class Notary:
             signal.pidfd_send_signal(pending.pidfd, signal.SIGKILL)
             raise Refused
         put = _DESCRIPTOR.pack(identity, _AT_NUMBER, pending.link.fileno(), CONTROL, 0)
-        fcntl.ioctl(listener, _PUT, put)
-        parent.pending = None
+        _patiently(listener, _PUT, put)
+        parent.pending, parent.frozen = None, True
         born = Process(pending.name, pending.pid, pending.link, pending.limits, pending.proc)
         born.listener, born.announced, born.pidfd, born.parent = listener, True, pending.pidfd, parent
         self.report(born.name, born=born.proc.number)
@@ -329,3 +334,13 @@ class Notary:
 
 
 _CALLS = {number: name for name in ("unshare", "clone") for number in [kernel.number(name)]}
+
+
+def _patiently(listener: int, request: int, argument: bytearray | bytes) -> None:
+    """An ioctl that waits for the other side, where any session's end interrupts the zygote."""
+    while True:
+        try:
+            fcntl.ioctl(listener, request, argument)
+            return
+        except InterruptedError:
+            continue

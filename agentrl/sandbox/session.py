@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import signal
 import time
@@ -33,6 +34,7 @@ GRACE_SECONDS = 1.0
 FILE_SECONDS = 20.0
 CLOSE_SECONDS = 10.0
 FORK_SECONDS = 20.0
+_MOMENT = 0.2
 _ERROR_CHARS = 32 * 1024
 _MESSAGE_CHARS = 300
 _FILE_ERRORS = {
@@ -42,9 +44,9 @@ _FILE_ERRORS = {
 """What the file system says. Others would be taken for failures of ours: 110 is a TimeoutError."""
 _TOO_DEEP = (errno.ENOSPC, errno.EUSERS)
 _DEPTH = "it is a fork of a fork of ...: the kernel nests namespaces 32 deep"
-_NEARLY = 0.75
-"""Share of its CPU time from which a killed session is taken to have used it up: the kernel counts ticks to enforce the
-limit and reports precise time, and on a busy virtual machine the two differ by more than a tenth."""
+_NEARLY = 0.5
+"""Share of its CPU time from which a killed session is taken to have used it up. The kernel counts ticks to enforce the
+limit and reports precise time; on a crowded virtual machine it was seen to kill at three quarters."""
 _GONE = "variables and files are lost"
 _REPORTED = {ExecStatus.OK, ExecStatus.ERROR, ExecStatus.TIMEOUT, ExecStatus.MEMORY}
 
@@ -108,7 +110,7 @@ class LocalSession:
         self._forks: set[LocalSession] = set()  # those that live
         self._lost: str | None = None  # by the program's own doing: how
         self._failed: str | None = None  # not by the program: why
-        self._frozen = self._closed = False
+        self._frozen = self._closed = self._exceeded = False
 
     def connect(self, request: dict[str, Any]) -> None:
         """Ask the zygote for it.
@@ -122,12 +124,16 @@ class LocalSession:
         pid = news.get("pid") or news.get("born")
         if pid and self._group is not None:  # in a thread: the kernel may take milliseconds
             self._placing = asyncio.get_running_loop().run_in_executor(None, self._group.place, pid)
+            self._placing.add_done_callback(
+                lambda placing: placing.cancelled() or placing.exception()
+            )  # or nobody asks
         self._reasons += news.get("refused", []) + news.get("failed", [])
         over = "exit" in news or "failed" in news
         if (over or "born" in news) and not self._born.done():
             self._born.set_result("born" in news)
         if over and not self._over.done():
             self._over.set_result(news)
+            self._ungroup()
 
     async def ready(self) -> None:
         """Wait until the walls stand.
@@ -139,8 +145,7 @@ class LocalSession:
         assert self._channel is not None
         try:
             head, _ = await self._channel.receive(0)
-            if self._placing is not None:
-                await self._placing
+            await self._placed()
         except (EOFError, wire.ProtocolError, OSError) as error:
             why = (
                 self._owner.backend_failed() or (self._over.done() and self._over.result().get("fatal")) or repr(error)
@@ -151,10 +156,30 @@ class LocalSession:
         if head.get("ready") is not True:
             raise SandboxError(f"a session did not start; it said {str(head)[:200]}.")
 
+    async def _placed(self) -> None:
+        """Wait until the process is in its cgroup.
+
+        Raises:
+            SandboxError: it cannot be put there, so nothing would bound its memory.
+        """
+        if self._placing is None:
+            return
+        try:
+            await self._placing
+        except OSError as error:
+            if error.errno not in (errno.ESRCH, errno.ENOENT, errno.ENODEV):  # else it has ended, and will say how
+                raise SandboxError(f"a session cannot be put into its memory cgroup: {error}.") from error
+
     def abandon(self) -> None:
         """Let go of everything; the zygote ends what there is."""
         if self._channel is not None:
             self._channel.close()
+        if self._channel is None or self._over.done():
+            self._ungroup()
+
+    def _ungroup(self) -> None:
+        """Remove the cgroup: there is no process in it any more."""
+        self._exceeded = self._exceeded or (self._group is not None and self._group.exceeded())
         if self._group is not None:
             self._group.remove()
 
@@ -208,6 +233,10 @@ class LocalSession:
                 child.abandon()
                 self._lose(f"it did not answer the request to fork within {FORK_SECONDS:g} s")
                 raise SessionClosed(f"the session was lost while it was forked: {self._lost}.") from error
+            except asyncio.CancelledError:
+                child.abandon()
+                self._frozen = True  # as it may be, in the zygote
+                raise
             except BaseException:
                 child.abandon()
                 raise
@@ -231,8 +260,7 @@ class LocalSession:
             refusal.cancel()
             done = await asyncio.gather(refusal, return_exceptions=True)
         if child._born.done() and child._born.result():
-            if child._placing is not None:
-                await child._placing
+            await child._placed()
             return
         match done[0]:
             case Ended() as end:
@@ -333,7 +361,21 @@ class LocalSession:
             if self._closed or head.get("gone"):
                 self._fail("it was closed meanwhile" if self._closed else "the sandbox's zygote is gone")
                 raise SandboxError(f"sandbox: the session is gone: {self._failed}.") from error
+            if head.get("killed_for") == wire.ANCESTOR and await self._parent_was_killed():
+                head = head | {"killed_for": None}
             raise self._end_of(head) from error
+
+    async def _parent_was_killed(self) -> bool:
+        """Whether a session that this one was forked from was itself killed from outside, and took it along."""
+        above = self._parent
+        while above is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_MOMENT):
+                    news = await asyncio.shield(above._over)
+                    if news.get("exit") == -signal.SIGKILL and not news.get("killed_for") and not above._exceeded:
+                        return True
+            above = above._parent
+        return False
 
     def _checked(self, frame: tuple[dict[str, Any], bytes]) -> tuple[dict[str, Any], bytes]:
         if frame[0].get("id") != self._number:
@@ -366,8 +408,7 @@ class LocalSession:
             SandboxError: it was killed by something that is not the program's doing.
         """
         code, cpu = head["exit"], head.get("cpu")
-        exceeded = code == -signal.SIGKILL and self._group is not None and self._group.exceeded()
-        if exceeded or head.get("killed_for") == "memory":
+        if (code == -signal.SIGKILL and self._exceeded) or head.get("killed_for") == wire.MEMORY:
             return Ended(f"held more than its {self.limits.memory_bytes} bytes of memory", ExecStatus.MEMORY)
         if head.get("killed_for"):
             return Ended(f"was ended for {head['killed_for']}")

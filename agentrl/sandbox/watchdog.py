@@ -12,12 +12,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 
+from agentrl.sandbox import wire
 from agentrl.sandbox.forks import Process
 from agentrl.sandbox.inspection import Proc
 
 EVERY = 0.2
 """Seconds from look to look."""
-REASON = "memory"
 
 
 class Watchdog:
@@ -43,7 +43,7 @@ class Watchdog:
         self._next = now + EVERY
         for process in list(processes.values()):
             if _held(process) > process.limits["memory_bytes"]:
-                process.killed_for = REASON
+                process.killed_for = wire.MEMORY
                 process.kill()
 
 

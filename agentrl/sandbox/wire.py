@@ -15,6 +15,10 @@ HEAD_BYTES = 256 * 1024
 """Longest JSON part of a frame."""
 
 
+MEMORY, ANCESTOR = "memory", "a session that it was forked from"
+"""Reasons of the zygote's for a session's end, where it knows better than the exit code."""
+
+
 class ProtocolError(Exception):
     """The other side sent something that is not a frame."""
 

@@ -174,7 +174,7 @@ class Zygote:
             self._report(request["name"], failed=["the session has ended meanwhile"])
             link.close()
             return
-        parent.signal(signal.SIGCONT)
+        parent.go_on()
         pending = parent.pending = Pending(request["name"], link, parent.limits)
         self._watch(link.fileno(), lambda: self._abandon(parent, pending), select.EPOLLRDHUP)
 
@@ -184,7 +184,8 @@ class Zygote:
         self._forget(pending.pidfd)
         pending.abandon()
         self.notary.settle(parent)
-        parent.freeze()
+        (parent.stop if parent.frozen else parent.go_on)()
+        self._report(pending.name, failed=[])  # nobody may be left to hear that
 
     def _stillborn(self, parent: Process, pending: Pending) -> None:
         assert pending.proc is not None

@@ -1,15 +1,78 @@
 from __future__ import annotations
 
+import contextlib
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from agentrl.errors import IsolationUnavailable
-from agentrl.sandbox import LocalSandbox
+from agentrl.errors import IsolationUnavailable, UserError
+from agentrl.sandbox import LocalSandbox, image, profile
 from agentrl.sandbox import session as session_module
+from agentrl.sandbox.docker import DockerSandbox
+from agentrl.sandbox.engine import Engine
 from agentrl.sandbox.launcher import PROCESS_NAME
+from agentrl.sandbox.remote import RemoteSandbox
+from agentrl.sandbox.serve import ServeOptions, serving
+
+
+def pytest_runtest_setup(item):
+    """Tests marked ``docker`` are skipped, with the reason, where there is no engine; `make test-docker` brings one."""
+    if item.get_closest_marker("docker") and (reason := _no_docker()):
+        if os.environ.get("AGENTRL_DOCKER") == "required":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@lru_cache(maxsize=1)
+def _no_docker() -> str | None:
+    python = profile.load("python")
+    try:
+        engine = Engine()
+        try:
+            engine.find_image(python.image, image.fingerprint(python.packages), "make test-docker")
+        finally:
+            engine.close()
+    except (IsolationUnavailable, UserError) as error:
+        return f"docker: {error}"
+    return None
+
+
+@contextlib.asynccontextmanager
+async def _local():
+    """Sessions of this process."""
+    async with LocalSandbox() as sandbox:
+        yield sandbox
+
+
+@contextlib.asynccontextmanager
+async def _remote():
+    """The same behind a server on the loopback interface."""
+    token, options = "token-for-the-tests", ServeOptions(port=0)
+    async with (
+        LocalSandbox() as served,
+        serving(served, token, options) as (url, _),
+        RemoteSandbox(url, token) as sandbox,
+    ):
+        yield sandbox
+
+
+@contextlib.asynccontextmanager
+async def _docker():
+    """The same in containers."""
+    async with DockerSandbox() as sandbox:
+        yield sandbox
+
+
+BACKENDS = {"local": _local, "remote": _remote, "docker": _docker}
+
+
+@pytest.fixture(scope="session")
+def backends():
+    """Every backend by name, as something that opens and closes it."""
+    return BACKENDS
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -144,11 +144,13 @@ async def test_a_chain_of_forks_ends_with_a_reason(sandbox):
         chain.append(await chain[-1].fork())
         await chain[-1].exec("depth += 1")
 
-    for _ in range(25):
-        await deepen()
-    with pytest.raises(ForkRefused, match="32 deep"):
-        for _ in range(10):
+    async def deepen_often(times):
+        for _ in range(times):
             await deepen()
+
+    await deepen_often(25)
+    with pytest.raises(ForkRefused, match="32 deep"):
+        await deepen_often(10)
     assert (await chain[-1].exec("depth")).output == f"{len(chain) - 1}\n"
     for session in chain:
         await session.close()

@@ -10,8 +10,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agentrl.sandbox import LocalSandbox
-
 programs = runpy.run_path(str(Path(__file__).with_name("programs.py")))
 
 
@@ -22,46 +20,47 @@ def runner():
         yield made
 
 
-@pytest.fixture(scope="module")
-def shared(runner):
-    made = LocalSandbox()
-    yield made
-    runner.run(made.close())
+@pytest.fixture(
+    scope="module",
+    params=["local", "remote", pytest.param("docker", marks=[pytest.mark.docker, pytest.mark.timeout(300)])],
+)
+def shared(request, runner, backends):
+    manager = backends[request.param]()
+    yield runner.run(manager.__aenter__())
+    runner.run(manager.__aexit__(None, None, None))
+
+
+DISTURB = "import os, shutil; os.chdir('/work'); shutil.rmtree('d'); b.clear()"
 
 
 async def play(session, cells):
     return [str(await session.exec(cell)) for cell in cells]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cells=programs["PROGRAMS"], data=st.data())
 def test_a_fork_goes_on_as_a_replay_from_the_start_would(runner, shared, cells, data):
     split = data.draw(st.integers(0, len(cells)), label="split")
     seed = data.draw(st.integers(0, 3), label="seed")
 
     async def check():
-        replayed = await shared.open(seed=seed)
-        session = await shared.open(seed=seed)
+        opened = [await shared.open(seed=seed), await shared.open(seed=seed)]
+
+        async def fork(session, rng="inherit"):
+            opened.append(await session.fork(rng))
+            return opened[-1]
+
         try:
+            replayed, session = opened
             expected = await play(replayed, [programs["START"], *cells, programs["TELL"]])
             before = await play(session, [programs["START"], *cells[:split]])
-            first = await session.fork()
-            disturbed = await session.fork("derive")
-            await play(
-                disturbed, [*reversed(cells), "import os, shutil; os.chdir('/work'); shutil.rmtree('d'); b.clear()"]
-            )
-            second = await session.fork()
-            deeper = await second.fork()
-            for fork in (first, deeper):
-                assert before + await play(fork, [*cells[split:], programs["TELL"]]) == expected
+            first, disturbed = await fork(session), await fork(session, "derive")
+            await play(disturbed, [*reversed(cells), DISTURB])
+            deeper = await fork(await fork(session))
+            for goes_on in (first, deeper):
+                assert before + await play(goes_on, [*cells[split:], programs["TELL"]]) == expected
         finally:
-            await replayed.close()
-            await shared_close(session, shared)
+            for session in reversed(opened):
+                await session.close()
 
     runner.run(check())
-
-
-async def shared_close(session, sandbox):
-    await session.close()
-    for other in tuple(sandbox._sessions):
-        await other.close()
