@@ -62,9 +62,10 @@ def _receive() -> tuple[dict[str, Any], bytes]:
 
 def send(head: dict[str, Any], body: bytes = b"") -> None:
     """Answer the manager."""
-    rest = memoryview(wire.encode(head, body))
-    while rest:
-        rest = rest[posix.write(CONTROL, rest) :]
+    data = wire.encode(head, body)
+    sent = posix.write(CONTROL, data)
+    while sent < len(data):
+        sent += posix.write(CONTROL, memoryview(data)[sent:])
 
 
 def open_output() -> None:

@@ -195,8 +195,8 @@ class LocalSession:
             if len(source) > CODE_BYTES:
                 error = f"ValueError: the cell is {len(source)} bytes long; at most {CODE_BYTES} can be run"
                 return self._result(ExecStatus.ERROR, error, began)
-            request = {"op": "exec", "deadline": float(deadline)}
             try:
+                request = {"op": "exec", "deadline": float(deadline)}
                 head, output = await self._request(request, source, OUTPUT_BYTES, deadline + GRACE_SECONDS)
                 return self._read_result(head, output, began)
             except TimeoutError:
@@ -334,36 +334,34 @@ class LocalSession:
         """
         assert self._channel is not None
         self._number += 1
+        request["id"] = self._number
         try:
-            try:
-                async with asyncio.timeout(seconds):
-                    await self._channel.send(wire.encode(request | {"id": self._number}, body))
-                    return await self._answer(max_body)
-            except TimeoutError:
-                late = self._channel.arrived(max_body)  # our own loop may have been the slow one
-                if late is None:
-                    raise
-                return self._checked(late)
+            await self._channel.send(wire.encode(request, body), seconds)
+            return await self._answer(max_body, seconds)
         except asyncio.CancelledError:
             self._fail("a call on it was cancelled")
             raise
 
-    async def _answer(self, max_body: int) -> tuple[dict[str, Any], bytes]:
+    async def _answer(self, max_body: int, seconds: float | None = None) -> tuple[dict[str, Any], bytes]:
         """The answer to the last request; raises as ``_request`` does."""
         assert self._channel is not None
         try:
-            return self._checked(await self._channel.receive(max_body))
+            frame = await self._channel.receive(max_body, seconds)
         except wire.ProtocolError as error:
             raise self._nonsense(str(error)) from error
         except EOFError as error:
             self._channel.hang_up()  # a program that closed its own side still lives
-            head = await asyncio.shield(self._over)
+            async with asyncio.timeout(CLOSE_SECONDS):
+                head = await asyncio.shield(self._over)
             if self._closed or head.get("gone"):
                 self._fail("it was closed meanwhile" if self._closed else "the sandbox's zygote is gone")
                 raise SandboxError(f"sandbox: the session is gone: {self._failed}.") from error
             if head.get("killed_for") == wire.ANCESTOR and await self._parent_was_killed():
                 head = head | {"killed_for": None}
             raise self._end_of(head) from error
+        if frame[0].get("id") != self._number:
+            raise self._nonsense(f"an answer to request {str(frame[0].get('id'))[:20]} instead of {self._number}")
+        return frame
 
     async def _parent_was_killed(self) -> bool:
         """Whether a session that this one was forked from was itself killed from outside, and took it along."""
@@ -376,11 +374,6 @@ class LocalSession:
                         return True
             above = above._parent
         return False
-
-    def _checked(self, frame: tuple[dict[str, Any], bytes]) -> tuple[dict[str, Any], bytes]:
-        if frame[0].get("id") != self._number:
-            raise self._nonsense(f"an answer to request {str(frame[0].get('id'))[:20]} instead of {self._number}")
-        return frame
 
     def _nonsense(self, what: str) -> Ended:
         """Only the program can have sent it. As an infrastructure failure it would be a way out of a bad reward."""

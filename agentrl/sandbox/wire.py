@@ -19,13 +19,17 @@ MEMORY, ANCESTOR = "memory", "a session that it was forked from"
 """Reasons of the zygote's for a session's end, where it knows better than the exit code."""
 
 
+_dumps = json.JSONEncoder(check_circular=False).encode  # nothing here is circular, and looking takes its time
+_loads = json.JSONDecoder().decode
+
+
 class ProtocolError(Exception):
     """The other side sent something that is not a frame."""
 
 
 def encode(head: dict[str, Any], body: bytes = b"") -> bytes:
     """One frame: the two lengths, the JSON object, the raw bytes."""
-    text = json.dumps(head).encode()
+    text = _dumps(head).encode()
     return HEADER.pack(len(text), len(body)) + text + body
 
 
@@ -48,7 +52,7 @@ def decode_head(text: bytes) -> dict[str, Any]:
         ProtocolError: it is not one.
     """
     try:
-        head = json.loads(text)
+        head = _loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"a frame that is not JSON: {error}") from error
     if not isinstance(head, dict):
