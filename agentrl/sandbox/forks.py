@@ -205,12 +205,14 @@ class Notary:
         """Whether the child is there; seen for the first time, it and its parent get their limits back."""
         if pending.pid:
             return True
-        new = [number for number in parent.proc.children() if number not in parent.forks]
-        if len(new) != 1:
-            return False
-        proc = parent.proc.sibling(new[0])
-        pids = proc.status()["NSpid"].split()
-        if pids[-1] != "1":  # in no PID namespace of its own: not made by the clone that was let through
+        for number in parent.proc.children():
+            if number in parent.forks:
+                continue
+            proc = parent.proc.sibling(number)
+            pids = proc.status()["NSpid"].split()
+            if pids[-1] == "1":  # it has a PID namespace of its own, as only the clone that was let through makes
+                break
+        else:
             return False
         pidfd = os.pidfd_open(int(pids[self.level]))
         if Proc.behind(self.host_proc, pidfd).number != proc.number:  # it is dead and somebody has its number
@@ -311,7 +313,9 @@ class Notary:
             found.append("capabilities")
         if pending.proc.socket() != os.fstat(parent.link.fileno()).st_ino:
             found.append("another control socket")
-        if not parent.proc.stopped() or set(parent.proc.children()) - parent.forks:
+        if not parent.proc.stopped():
+            found.append("a parent that does not stand still")
+        if set(parent.proc.children()) - parent.forks:
             found.append("processes of its parent that were made meanwhile")
         if found:
             self.report(pending.name, failed=[f"the child has {thing}" for thing in found])

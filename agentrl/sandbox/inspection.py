@@ -15,7 +15,8 @@ from agentrl.sandbox.runner import CONTROL
 
 SCRATCH = ("work", "tmp")
 _SCRATCH = tuple(f"/{name}" for name in SCRATCH)
-_LOOKS, _BETWEEN = 100, 0.0002
+_PAUSES = (*[0.0002] * 50, *[0.005] * 100)
+"""Seconds between looks for a process that was told to stop; on a crowded machine it takes a while to hear of it."""
 _PAGE = os.sysconf("SC_PAGESIZE")
 _SHARED_MAP = re.compile(rb"(\w+)-(\w+) (...)s \w+ (\w+:\w+) \d+ *(.*)")
 _LOCK = re.compile(r"^lock:.*$", re.MULTILINE)
@@ -65,10 +66,10 @@ class Proc:
 
     def stopped(self) -> bool:
         """Whether it stands still; waits a moment for the signal to get there."""
-        for _ in range(_LOOKS):
+        for pause in _PAUSES:
             if self._text("stat").rpartition(")")[2].split()[0] == "T":
                 return True
-            time.sleep(_BETWEEN)
+            time.sleep(pause)
         return False
 
     def resident(self) -> int:

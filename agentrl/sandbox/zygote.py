@@ -170,7 +170,9 @@ class Zygote:
 
     def _expect_fork(self, request: dict[str, Any], link: socket.SocketType) -> None:
         parent = self.processes.get(request["parent"])
-        if parent is None or parent.pending is not None:
+        if parent is not None and parent.pending is not None:  # the manager has given that one up
+            self._abandon(parent, parent.pending)
+        if parent is None:
             self._report(request["name"], failed=["the session has ended meanwhile"])
             link.close()
             return
