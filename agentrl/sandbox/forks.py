@@ -223,6 +223,7 @@ class Notary:
         self.settle(parent)
         self._let_fork(pending.pid, pending.limits, allowed=False)
         parent.stop()
+        self.report(pending.name, pid=proc.number)
         return True
 
     def _decide(
@@ -326,7 +327,7 @@ class Notary:
         parent.pending, parent.frozen = None, True
         born = Process(pending.name, pending.pid, pending.link, pending.limits, pending.proc)
         born.listener, born.announced, born.pidfd, born.parent = listener, True, pending.pidfd, parent
-        self.report(born.name, born=born.proc.number)
+        self.report(born.name, born=True)
         return born
 
     @staticmethod
@@ -337,7 +338,7 @@ class Notary:
         resource.prlimit(pid, resource.RLIMIT_NPROC, (soft, most))
 
 
-_CALLS = {number: name for name in ("unshare", "clone") for number in [kernel.number(name)]}
+_CALLS = {number: name for name in ("unshare", "clone") for number in [kernel.number_of(name)]}
 
 
 def _patiently(listener: int, request: int, argument: bytearray | bytes) -> None:

@@ -121,7 +121,7 @@ class LocalSession:
         self._channel = self._owner.ask(request | {"name": self.name}, self._hear)
 
     def _hear(self, news: dict[str, Any]) -> None:
-        pid = news.get("pid") or news.get("born")
+        pid = news.get("pid")
         if pid and self._group is not None:  # in a thread: the kernel may take milliseconds
             self._placing = asyncio.get_running_loop().run_in_executor(None, self._group.place, pid)
             self._placing.add_done_callback(
