@@ -83,6 +83,8 @@ class ZygoteHandle:
     @property
     def alive(self) -> bool:
         """Whether it can still be asked for sessions."""
+        if self._process.poll() is not None:
+            return False
         try:
             return bool(self._control.recv(1, socket.MSG_PEEK))
         except BlockingIOError:
@@ -144,8 +146,9 @@ class ZygoteHandle:
             self._control.shutdown(socket.SHUT_RDWR)
         self._control.close()
         try:
-            async with asyncio.timeout(_STOP_SECONDS):
-                await _exited(self._process.pid)
+            if self._process.poll() is None:
+                async with asyncio.timeout(_STOP_SECONDS):
+                    await _exited(self._process.pid)
         finally:
             self._process.kill()
             self._process.wait()

@@ -107,6 +107,7 @@ class LocalSession:
         self._lock = asyncio.Lock()
         self._number = 0
         self._branches = 0
+        self._given_up: set[str] = set()  # requests whose answers nobody waits for any more
         self._forks: set[LocalSession] = set()  # those that live
         self._lost: str | None = None  # by the program's own doing: how
         self._failed: str | None = None  # not by the program: why
@@ -262,6 +263,8 @@ class LocalSession:
         if child._born.done() and child._born.result():
             await child._placed()
             return
+        if not isinstance(done[0], tuple):
+            self._given_up.add(str(self._number))
         match done[0]:
             case Ended() as end:
                 self._lose(f"the Python process {end}")
@@ -347,6 +350,11 @@ class LocalSession:
         assert self._channel is not None
         try:
             frame = await self._channel.receive(max_body, seconds)
+            while (
+                frame[0].get("id") != self._number and str(frame[0].get("id")) in self._given_up
+            ):  # a fork that the zygote had already said has failed
+                self._given_up.discard(str(frame[0]["id"]))
+                frame = await self._channel.receive(max_body, seconds)
         except wire.ProtocolError as error:
             raise self._nonsense(str(error)) from error
         except EOFError as error:
