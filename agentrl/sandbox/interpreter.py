@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 from agentrl.sandbox import wire
@@ -200,16 +200,21 @@ class Interpreter:
         sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = self.stream  # type: ignore[misc, assignment]
 
     def _evaluate(self, source: str, name: str) -> None:
-        tree: ast.Module = compile(source, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)  # type: ignore[assignment]
-        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        linecache.cache[name] = (len(source), None, [line + "\n" for line in source.splitlines()], name)
         names = self.module.__dict__
-        if tree.body:
-            exec(compile(tree, name, "exec", dont_inherit=True), names)
-        if isinstance(last, ast.Expr):
-            value = eval(compile(ast.Expression(last.value), name, "eval", dont_inherit=True), names)
-            if value is not None:
-                print(repr(value))
+        linecache.cache[name] = (len(source), None, [line + "\n" for line in source.splitlines()], name)
+        expression = _one_expression(source, name)
+        if expression is None:
+            tree: ast.Module = compile(source, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)  # type: ignore[assignment]
+            last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+            if tree.body:
+                exec(compile(tree, name, "exec", dont_inherit=True), names)
+            if last is None:
+                return
+            assert isinstance(last, ast.Expr)
+            expression = compile(ast.Expression(last.value), name, "eval", dont_inherit=True)
+        value = eval(expression, names)
+        if value is not None:
+            print(repr(value))
 
     def _interrupt(self, _number: int, frame: FrameType | None) -> None:
         if not self.armed:
@@ -239,6 +244,16 @@ class Interpreter:
             raise
         except BaseException as failure:
             return status, f"{type(error).__name__}: (its traceback cannot be shown: {type(failure).__name__})"
+
+
+def _one_expression(source: str, name: str) -> CodeType | None:
+    """The code of a cell that is one expression on one line, without the detour over a syntax tree; None for others."""
+    if not source or "\n" in source or source[0].isspace():
+        return None
+    try:
+        return compile(source, name, "eval", dont_inherit=True)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # the other road says what is wrong with it
+        return None
 
 
 def _raise_on_next_line(frame: FrameType | None) -> None:
