@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-slow lint types check bench build clean
+.PHONY: help install demo test test-slow test-docker lint types check bench build clean
 
 help:
 	@echo "make demo       set up, then train a tiny policy and prove that it got better (about 5 minutes)"
 	@echo "make test       set up, then the fast tests"
 	@echo "make test-slow  the slower ones: kill -9 and resume, the sandbox soak"
+	@echo "make test-docker  the sandbox in containers, with a Docker engine of its own; needs root"
 	@echo "make check      lint, types, tests"
 	@echo "make bench      the benchmarks"
 
@@ -30,6 +31,12 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
+
+# The engine lives as long as the command: sandboxes/dockerd.sh. No other one is touched.
+test-docker: install
+	command -v dockerd >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends docker.io; }
+	PATH="$(abspath $(BIN)):$$PATH" AGENTRL_DOCKER=required sandboxes/dockerd.sh sh -c \
+		'python -m agentrl.sandboxes.python.build && python -m pytest -q -m docker tests/sandbox'
 
 lint: install
 	$(BIN)/ruff check .

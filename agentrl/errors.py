@@ -115,20 +115,29 @@ class ForkRefused(AgentRLError):
         super().__init__(message)
 
 
+_ADVICE = (
+    "Expected Linux with user, mount, PID and network namespaces, no_new_privs, rlimits and seccomp. Enable "
+    "unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces>0) or run on a "
+    "machine that has them;"
+)
+
+
 class IsolationUnavailable(AgentRLError):
     """This machine cannot isolate a sandbox.
 
+    Args:
+        missing: what was probed and failed.
+        advice: what to do about it.
+
     Attributes:
-        missing: the mechanisms that were probed and failed.
+        missing: what was probed and failed.
     """
 
-    def __init__(self, missing: Iterable[str]) -> None:
+    def __init__(self, missing: Iterable[str], advice: str = _ADVICE) -> None:
         self.missing = tuple(missing)
         super().__init__(
-            f"cannot isolate a Python session: missing {', '.join(self.missing)}. Expected Linux with user, mount, "
-            "PID and network namespaces, no_new_privs, rlimits and seccomp. Enable unprivileged user namespaces "
-            "(sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces>0) or run on a machine that has "
-            "them; agentrl never runs model-written code without isolation."
+            f"cannot isolate a Python session: missing {', '.join(self.missing)}. {advice} "
+            "agentrl never runs model-written code without isolation."
         )
 
 

@@ -280,5 +280,5 @@ def check_seed(seed: int) -> None:
 
 def check_deadline(deadline: float) -> None:
     """Raises ``ConfigError`` unless ``deadline`` is a positive, finite number of seconds."""
-    if not (isinstance(deadline, (int, float)) and 0 < deadline < math.inf):  # noqa: UP038 -- three times as fast
+    if not (isinstance(deadline, (int, float)) and 0 < deadline < math.inf):
         raise ConfigError(f"a deadline is a positive number of seconds, got {deadline!r}.")

@@ -9,8 +9,7 @@ import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Coroutine
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from agentrl.errors import SandboxError, SessionClosed, UserError
 from agentrl.sandbox import calls, wire
@@ -27,6 +26,7 @@ from agentrl.sandbox.base import (
     scratch_path,
 )
 from agentrl.sandbox.calls import Lost, Reply, Transport
+from agentrl.sandbox.one_loop import OneLoop
 from agentrl.types import ForkLevel
 
 OPEN_SECONDS = 90.0
@@ -39,7 +39,7 @@ PING_SECONDS = 10.0
 _PATH_CHARS = 4096  # as in Linux
 
 
-class CalledSandbox:
+class CalledSandbox(OneLoop):
     """Opens sessions through ``transport``; an async context manager, bound to the event loop that first uses it.
 
     Args:
@@ -55,7 +55,6 @@ class CalledSandbox:
         self._numbers = itertools.count(1)
         self._pending: OrderedDict[int, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
     @property
@@ -98,14 +97,6 @@ class CalledSandbox:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._transport.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def call(self, op: str, seconds: float, body: bytes = b"", **arguments: Any) -> Reply:
         """The answer to one call of the protocol. One that is cancelled or lost is also undone at the other end.
@@ -156,17 +147,6 @@ class CalledSandbox:
             return CalledSession(self, *calls.read_session(head))
         except wire.ProtocolError as error:
             raise Lost(f"the sandbox server sent a malformed answer: {error}.") from error
-
-    def _check_loop(self) -> None:
-        loop = asyncio.get_running_loop()
-        if self._loop is None:
-            self._loop = loop
-        if self._loop is not loop:
-            name = type(self).__name__
-            raise UserError(
-                f"this {name} belongs to the event loop that first used it and cannot serve another one; "
-                f"make one {name} per event loop."
-            )
 
 
 class CalledSession:

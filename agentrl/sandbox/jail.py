@@ -100,6 +100,7 @@ def confine(
     Raises:
         Missing: a mechanism is not there.
     """
+    _write(host_proc, f"{number}/oom_score_adj", "1000")  # out of memory, the kernel shall choose sessions first
     with needs("session id"):
         os.setsid()  # kill(0, ...) reaches a process group, whatever the PID namespace
     with needs("mount, IPC and network namespaces"):

@@ -60,7 +60,7 @@ class ZygoteHandle:
         """
         if sys.platform != "linux":
             raise IsolationUnavailable([f"Linux (this is {sys.platform})"])
-        handle = cls(*_spawn(_locate(packages), [*preload, *packages], watching))
+        handle = cls(*_spawn(locate(packages), [*preload, *packages], watching))
         try:
             async with asyncio.timeout(_START_SECONDS):
                 greeting = await asyncio.get_running_loop().sock_recv(handle._control, _PACKET_BYTES)
@@ -194,7 +194,7 @@ def _spawn(
     return ours, process, log
 
 
-def _locate(packages: Sequence[str]) -> list[str]:
+def locate(packages: Sequence[str]) -> list[str]:
     """Files and folders of installed packages, with the shared libraries that wheels put beside them."""
     found: list[str] = []
     for name in packages:

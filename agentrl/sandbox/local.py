@@ -9,16 +9,16 @@ import itertools
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from agentrl.errors import IsolationUnavailable, SandboxError, UserError
+from agentrl.errors import IsolationUnavailable, SandboxError
 from agentrl.sandbox import probe
 from agentrl.sandbox import profile as profiles
 from agentrl.sandbox.base import SCRATCH, Limits, Profile, check_seed
 from agentrl.sandbox.cgroup import Group, MemoryGroups
 from agentrl.sandbox.channel import Channel
 from agentrl.sandbox.launcher import Hearer, ZygoteHandle
+from agentrl.sandbox.one_loop import OneLoop
 from agentrl.sandbox.session import LocalSession
 from agentrl.types import ForkLevel
 
@@ -26,7 +26,7 @@ _OPEN_SECONDS = 20.0
 _MOST_STARTING = 16
 
 
-class LocalSandbox:
+class LocalSandbox(OneLoop):
     """Opens sessions on this machine; bound to the event loop that first uses it.
 
     There is one zygote per profile, with the profile's packages imported; it starts with the profile's first session.
@@ -48,7 +48,6 @@ class LocalSandbox:
 
     def __init__(self, profile: str | Profile = profiles.DEFAULT) -> None:
         self._profile = profile
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._zygotes: dict[Profile, ZygoteHandle] = {}
         self._sessions: set[LocalSession] = set()
         self._names = itertools.count(1)
@@ -88,24 +87,6 @@ class LocalSandbox:
                 await session.close()
             if self._groups is not None:
                 self._groups.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def _check_loop(self) -> None:
-        loop = asyncio.get_running_loop()
-        if self._loop is None:
-            self._loop = loop
-        if self._loop is not loop:
-            raise UserError(
-                "this LocalSandbox belongs to the event loop that first used it and cannot serve another one; "
-                "make one LocalSandbox per event loop."
-            )
 
     async def _running(self, profile: Profile) -> ZygoteHandle:
         """The profile's zygote: the one there is, or a new one if there is none or it has died."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]
 import builtins
 import contextlib
+import errno
 import fcntl
 import functools
 import gc
@@ -163,9 +164,13 @@ class Zygote:
                 if process is None:
                     continue
                 pidfd = os.pidfd_open(process.pid)
-                with contextlib.suppress(OSError):  # it has died meanwhile
+                try:
                     process.listener = kernel.take_descriptor(pidfd, number)
                     self._watch(process.listener, functools.partial(self._notified, process))
+                except OSError as error:
+                    process.kill()
+                    if error.errno != errno.ESRCH:  # else it has died meanwhile
+                        self._report(process.name, exit=None, fatal=f"pidfd_getfd: {error.strerror}")
                 os.close(pidfd)
 
     def _expect_fork(self, request: dict[str, Any], link: socket.SocketType) -> None:
