@@ -43,10 +43,15 @@ class Group:
                 return count is not None and int(count[1]) > 0
         return False
 
-    def remove(self) -> None:
-        """Remove the group once its processes are gone; one that is busy is left to ``MemoryGroups.close``."""
-        with contextlib.suppress(OSError):
+    def remove(self) -> bool:
+        """Remove the group; False while a process is left in it."""
+        try:
             self.folder.rmdir()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return True
 
 
 class MemoryGroups:

@@ -35,6 +35,7 @@ FILE_SECONDS = 20.0
 CLOSE_SECONDS = 10.0
 FORK_SECONDS = 20.0
 _MOMENT = 0.2
+_TRIES, _BETWEEN = 100, 0.02
 _ERROR_CHARS = 32 * 1024
 _MESSAGE_CHARS = 300
 _FILE_ERRORS = {
@@ -178,11 +179,13 @@ class LocalSession:
         if self._channel is None or self._over.done():
             self._ungroup()
 
-    def _ungroup(self) -> None:
-        """Remove the cgroup: there is no process in it any more."""
-        self._exceeded = self._exceeded or (self._group is not None and self._group.exceeded())
-        if self._group is not None:
-            self._group.remove()
+    def _ungroup(self, tries: int = _TRIES) -> None:
+        """Remove the cgroup, as soon as the process that is being killed has left it; closing the manager does, too."""
+        if self._group is None:
+            return
+        self._exceeded = self._exceeded or self._group.exceeded()
+        if not self._group.remove() and tries > 1:
+            asyncio.get_running_loop().call_later(_BETWEEN, self._ungroup, tries - 1)
 
     async def exec(self, code: str, deadline: float = 5.0) -> ExecResult:
         """Run one cell; see ``Session.exec``."""
