@@ -44,8 +44,8 @@ _ANSWER = struct.Struct("=QqiI")  # struct seccomp_notif_resp: id, value, error,
 _DESCRIPTOR = struct.Struct("=QIIII")  # struct seccomp_notif_addfd: id, flags, ours, theirs, theirs' flags
 _RECEIVE, _SEND, _PUT = 0xC050_2100, 0xC018_2101, 0x4018_2103
 _CONTINUE, _AT_NUMBER = 1, 1
-_MOMENT = 0.5
-"""Seconds after which what a stopped parent did is over."""
+_MOMENT = 0.1
+"""Seconds after which what a stopped parent did is over. What somebody outside does in them is taken for its doing."""
 _FLOOD = "calls that are none of its business"
 _STRIKES = 200
 """Every so many calls out of order, the process that makes them is killed: each costs the zygote's time."""

@@ -214,7 +214,7 @@ async def test_a_fork_killed_from_outside_is_an_infrastructure_failure(sandbox, 
     before = set(processes())
     fork = await session.fork()
     (pid,) = set(processes()) - before
-    await asyncio.sleep(0.7)  # the moment in which its parent could have done it is over
+    await asyncio.sleep(0.4)  # the moment in which its parent could have done it is over
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(SandboxError, match="killed from outside"):
         await fork.exec("1")

@@ -16,6 +16,7 @@ import pytest
 
 from agentrl.errors import ForkRefused, IsolationUnavailable, SandboxError
 from agentrl.sandbox import ExecStatus, LocalSandbox, Profile
+from agentrl.sandbox.wire import ANCESTOR
 
 from .hostile.leftovers import descendants, difference, footprint
 
@@ -45,6 +46,7 @@ class Soak:
 
     def __init__(self, sandbox: LocalSandbox) -> None:
         self.sandbox, self.random, self.opened, self.forked, self.failed = sandbox, random.Random(SEED), 0, 0, 0
+        self.unclear = 0
         self.blamed: list[str] = []  # failures that honest programs are told to be theirs
         self.untyped: list[str] = []
 
@@ -101,7 +103,9 @@ class Soak:
                     hostile = choose.random() < 0.3
                     honest = honest and not hostile
                     result = await session.exec(choose.choice(HOSTILE if hostile else HONEST), 2.0)
-                    if honest and result.status is not ExecStatus.OK:
+                    if honest and ANCESTOR in str(result):
+                        self.unclear += 1  # killed from outside in the moment in which its parent could have done it
+                    elif honest and result.status is not ExecStatus.OK:
                         self.blamed.append(str(result))
         choose.shuffle(alive)
 
@@ -172,6 +176,7 @@ async def test_ten_thousand_sessions_leave_nothing(tmp_path, monkeypatch, caplog
         assert soak.opened >= SESSIONS
         assert soak.forked > SESSIONS // 10
         assert not soak.blamed, soak.blamed[:5]
+        assert soak.unclear < SESSIONS // 500
         assert not soak.untyped, soak.untyped[:5]
         assert {name: late[name] - size for name, size in early.items() if late[name] - size > GROWTH} == {}
         kill_zygote()
