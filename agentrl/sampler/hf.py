@@ -24,7 +24,7 @@ from agentrl.errors import SamplerError
 from agentrl.sampler.draw import draw, uniforms
 from agentrl.sampler.prefix import PrefixIndex
 from agentrl.sampler.proof import cannot_sample, check_lengths, plain_logits, prove
-from agentrl.sampler.slots import ATTENTION, MIN_ROWS, Chunk, SlotCache
+from agentrl.sampler.slots import ATTENTION, ROWS, Chunk, SlotCache
 from agentrl.types import Completion, SamplingParams, StopReason, TokenEvent
 
 MAX_ROWS = 8192
@@ -311,12 +311,12 @@ class HFSampler:
 
     @torch.inference_mode()
     def _forward(self, chunks: list[Chunk]) -> Tensor:
-        """[max(C, MIN_ROWS), V] logits of the last row of each chunk, in fp32."""
+        """[C, padded to a multiple of ROWS; V] logits of the last row of each chunk, in fp32."""
         plan = self._cache.plan(chunks)
         hidden = self.model.get_decoder()(
             input_ids=plan.token_ids, position_ids=plan.position_ids, use_cache=False, slots=self._cache, plan=plan
         ).last_hidden_state[0]
-        short = max(0, MIN_ROWS - len(chunks))
+        short = -len(chunks) % ROWS
         rows = torch.cat([plan.last, plan.last[:1].expand(short)]) if short else plan.last
         logits: Tensor = self.model.get_output_embeddings()(hidden[rows])
         return logits.float()
@@ -324,7 +324,7 @@ class HFSampler:
     @torch.inference_mode()
     def _draw(self, logits: Tensor, drawing: list[tuple[int, _Request]]) -> None:
         rows = [row for row, _ in drawing]
-        rows += [rows[0]] * max(0, MIN_ROWS - len(rows))
+        rows += [rows[0]] * (-len(rows) % ROWS)
         requests = [drawing[min(i, len(drawing) - 1)][1] for i in range(len(rows))]
         params = [request.params for request in requests]
         drawn = draw(

@@ -59,6 +59,9 @@ def plain_logits(model: Any, max_length: int) -> Tensor:
 def prove(model: Any, reference: Tensor, forward: Forward, *, slots: int, max_length: int) -> bool:
     """Whether the probe has the same logits, bit for bit, alone, piecewise beside another prompt, and in many slots.
 
+    In those its last token is computed with all before it, by itself beside the others', and in slots far apart: the
+    shapes of a prompt, of a step of decoding, and of one where most sequences have ended.
+
     Args:
         model: set to the engine's attention.
         reference: ``plain_logits`` of the model's own attention.
@@ -74,15 +77,19 @@ def prove(model: Any, reference: Tensor, forward: Forward, *, slots: int, max_le
     for begin, end in pairwise([*range(0, len(ids) - 1, 5), len(ids) - 1, len(ids)]):
         piecewise = forward([Chunk(1, 0, ids[::-1][begin:]), Chunk(0, begin, ids[begin:end])])[1]
     found.append(piecewise)
-    for count in (3, 27):
-        others = [Chunk(slot, 0, ids[slot % 5 :]) for slot in range(min(count, slots))]
-        found.extend(forward(others)[: len(others) : 5])
+    for count in (1, 3, 27):
+        prompts = [ids[slot % 5 :] or ids for slot in range(min(count, slots))]
+        found.extend(forward([Chunk(slot, 0, prompt) for slot, prompt in enumerate(prompts)])[: len(prompts) : 5])
+        decoding = [Chunk(slot, len(prompt) - 1, prompt[-1:]) for slot, prompt in enumerate(prompts)]
+        found.extend(forward(decoding)[: len(prompts) : 5])
+        apart = decoding[::5]
+        found.extend(forward(apart)[: len(apart)])
     single = next(model.parameters()).dtype == torch.float32
     tolerance = (1e-3 if single else 0.2) * float(reference.abs().max() + 1)
-    apart = max(float((logits - reference).abs().max()) for logits in found)
-    if not apart <= tolerance:
+    error = max(float((logits - reference).abs().max()) for logits in found)
+    if not error <= tolerance:
         raise cannot_sample(
-            model, f"its logits there differ from its own by {apart:.3g}, expected at most {tolerance:.3g}."
+            model, f"its logits there differ from its own by {error:.3g}, expected at most {tolerance:.3g}."
         )
     return all(torch.equal(found[0], logits) for logits in found)
 

@@ -1,9 +1,9 @@
 """Key/value slots and the attention that reads them, plugged into any transformers model.
 
 Every sequence owns one slot; its token t sits at index t (right-aligned padding does not exist), so attention over a
-slot gives the same bits whatever the slot's length, the batch or the chunk the token came in. Together with matrix
-products of at least ``MIN_ROWS`` rows this makes the engine batch-invariant on the CPU in fp32 (proved at start-up by
-``hf.HFSampler``; measured in docs/performance.md).
+slot of at least ``QUERY_ROWS`` query rows gives the same bits whatever the slot's length, the batch or the chunk the
+token came in. Together with rows in multiples of ``ROWS`` this makes the engine batch-invariant on the CPU in fp32
+(proved at start-up by ``hf.HFSampler``; measured in docs/performance.md).
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-MIN_ROWS = 16
-"""Fewer rows make BLAS choose other kernels, whose sums round differently."""
+ROWS = 16
+"""Fewer rows make BLAS choose other kernels, whose sums round differently; a number of elements that is no multiple of
+a vector register makes the last of them take another exponential."""
+
+QUERY_ROWS = 4
+"""The least rows of the products within attention, made a head at a time (2 are enough on Intel, 4 on AMD)."""
 
 ATTENTION = "agentrl_slots"
 
@@ -37,7 +41,8 @@ class Group:
     """Chunks of similar length, attended in one call.
 
     Attributes:
-        rows: [C, P] row of the packed batch of each chunk's token; padding repeats the chunk's first row.
+        rows: [C, P] row of the packed batch of each chunk's token; padding repeats the chunk's first row, and
+            P * G is at least ``QUERY_ROWS``.
         slots: [C] slots, or a slice of neighbouring slots (then no copy is made).
         mask: [C, 1, P * G, S] additive mask over the slot, G queries per key/value head.
         out: [R_c] positions in the flattened [C * P] of the rows of ``back``.
@@ -80,6 +85,7 @@ class SlotCache:
         heads = config.num_attention_heads
         self.kv_heads = getattr(config, "num_key_value_heads", None) or heads
         self.queries = heads // self.kv_heads
+        self.least_width = _power_of_two(-(-QUERY_ROWS // self.queries))
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.spare, self.length = slots, length
         shape = (slots + 1, self.kv_heads, length, self.head_dim)
@@ -93,7 +99,7 @@ class SlotCache:
             store[target, :, :length] = store[source, :, :length]
 
     def plan(self, chunks: Sequence[Chunk]) -> Plan:
-        """Lay the chunks out as one packed batch of at least ``MIN_ROWS`` rows."""
+        """Lay the chunks out as one packed batch of a multiple of ``ROWS`` rows."""
         device = self.keys[0].device
         tokens: list[int] = []
         positions: list[int] = []
@@ -106,7 +112,7 @@ class SlotCache:
             positions.extend(range(chunk.start, chunk.start + n))
             slots.extend([chunk.slot] * n)
         last = [start + len(chunk.token_ids) - 1 for start, chunk in zip(starts, chunks, strict=True)]
-        short = max(0, MIN_ROWS - len(tokens))
+        short = -len(tokens) % ROWS
         tokens += [0] * short
         positions += [0] * short
         slots += [self.spare] * short
@@ -122,7 +128,7 @@ class SlotCache:
         """Chunks by length, rounded up to a power of two, so that padding at most doubles the attention."""
         buckets: dict[int, list[int]] = {}
         for index, chunk in enumerate(chunks):
-            buckets.setdefault(1 << (len(chunk.token_ids) - 1).bit_length(), []).append(index)
+            buckets.setdefault(max(self.least_width, _power_of_two(len(chunk.token_ids))), []).append(index)
         return [
             self._group(width, [chunks[i] for i in which], [starts[i] for i in which])
             for width, which in buckets.items()
@@ -141,21 +147,18 @@ class SlotCache:
         span = min(self.length, -(-int(limit.max() + 1) // 32) * 32)
         hidden = torch.arange(span)[None, None, :] > limit[:, :, None]
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-        mask = mask.repeat_interleave(max(self.queries, 2), dim=1)[:, None]
+        mask = mask.repeat_interleave(self.queries, dim=1)[:, None]
         slots = [c.slot for c in chunks]
         first, count = slots[0], slots[-1] + 1 - slots[0]
-        if width == 1 and count < 2 * len(slots):
+        where: Tensor | slice = torch.tensor(slots, device=device)
+        back = rows[valid]
+        if width == self.least_width and count < 2 * len(slots):
             # Reading a few unused neighbours in place is cheaper than gathering the used slots.
+            where = slice(first, first + count)
             place = torch.tensor(slots) - first
-            spread_mask = torch.zeros((count, *mask.shape[1:]), dtype=dtype)
-            spread_mask[place] = mask
-            spread_rows = torch.zeros((count, 1), dtype=torch.long)
-            spread_rows[place] = rows
-            near = slice(first, first + count)
-            return Group(spread_rows.to(device), near, spread_mask.to(device), place.to(device), rows[:, 0].to(device))
+            rows, mask, valid = (_spread(of, place, count) for of in (rows, mask, valid))
         out = valid.flatten().nonzero()[:, 0]
-        where = torch.tensor(slots, device=device)
-        return Group(rows.to(device), where, mask.to(device), out.to(device), rows[valid].to(device))
+        return Group(rows.to(device), where, mask.to(device), out.to(device), back.to(device))
 
     def attend(self, layer: int, plan: Plan, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Store ``key`` and ``value`` [1, Hkv, R, D], then attend ``query`` [1, Hq, R, D]. Returns [1, R, Hq, D]."""
@@ -164,18 +167,29 @@ class SlotCache:
         values[plan.slots, :, plan.position_ids[0]] = value[0].transpose(0, 1)
         rows = query.shape[2]
         per_row = query[0].transpose(0, 1).reshape(rows, self.kv_heads, self.queries, self.head_dim)
-        if self.queries == 1:  # one query row would take BLAS's matrix-vector road, which rounds differently
-            per_row = per_row.expand(-1, -1, 2, -1)
         result = torch.zeros_like(per_row)
         for group in plan.groups:
             span = group.mask.shape[-1]
             k, v = keys[:, :, :span][group.slots], values[:, :, :span][group.slots]
             count, width = group.rows.shape
             q = per_row[group.rows].transpose(1, 2).reshape(count, self.kv_heads, -1, self.head_dim)
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scale)
+            mask = group.mask
+            if count * self.kv_heads == 1:  # a single product would be split among threads, into too few rows
+                q, k, v, mask = (of.expand(2, -1, -1, -1) for of in (q, k, v, mask))
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[:count]
             o = o.view(count, self.kv_heads, width, -1, self.head_dim).transpose(1, 2)
             result[group.back] = o.flatten(0, 1)[group.out]
-        return result[:, :, : self.queries].reshape(1, rows, -1, self.head_dim)
+        return result.reshape(1, rows, -1, self.head_dim)
+
+
+def _power_of_two(number: int) -> int:
+    """The least one that is not below ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+def _spread(of: Tensor, place: Tensor, count: int) -> Tensor:
+    """[count, ...] zeros with the rows of ``of`` at ``place``."""
+    return of.new_zeros((count, *of.shape[1:])).index_copy_(0, place, of)
 
 
 def _attention(
