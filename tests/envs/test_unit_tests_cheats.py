@@ -112,7 +112,8 @@ CHEATS = {
         "def f(x):\n    a = [0]\n    for _ in range(60):\n        a = [a, a]\n    return a",
         0,
     ),
-    "json patched": ("import json\njson.dumps = lambda *a, **k: '{\"value\": 6}'\ndef f(x):\n    return 1", 0),
+    # Its own answer it may forge; 6 is right for one input of four.
+    "json patched": ("import json\njson.dumps = lambda *a, **k: '{\"value\": 6}'\ndef f(x):\n    return 1", 0.25),
     "builtins patched": (
         "import builtins\nbuiltins.isinstance = builtins.all = builtins.any = lambda *a: True\ndef f(x):\n    return A",
         0,
