@@ -6,11 +6,13 @@ import asyncio
 import errno
 import json
 import os
+import platform
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from agentrl.config import load_config
 from agentrl.errors import NonFiniteError, RunFolderError, SamplerError, TaskError, TooManyFailures, UserError
 from agentrl.learner.step import Learner
 from agentrl.run import dry_run, run_train
+from agentrl.sampler.hf import HFSampler
 from agentrl.tasks import TaskStream
 from agentrl.trace import RunFolder, latest_checkpoint, read_metrics
 from agentrl.train import collect, train
@@ -86,6 +89,18 @@ def assert_same_run(first, second):
     one, two = (weights(latest_checkpoint(out).path) for out in (first, second))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def equal_bits(policy_folder):
+    """Skips where the sampler cannot promise them: a token then depends on how episodes happened to be batched."""
+    sampler = HFSampler(AutoModelForCausalLM.from_pretrained(policy_folder), max_slots=32, max_length=160)
+    asyncio.run(sampler.close())
+    if not sampler.deterministic:
+        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        names = (line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name"))
+        name = next(names, platform.machine())
+        pytest.skip(f"{name}: the sampler proves no equal bits here, so that a resumed run is only nearly the run")
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +189,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.usefixtures("equal_bits")
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_resumed_run_is_the_run(config, tmp_path, unbroken, at):
     """At step 1 there is no checkpoint yet; at step 3 one step is done again."""
@@ -190,6 +206,7 @@ def test_a_resumed_run_is_the_run(config, tmp_path, unbroken, at):
     assert_same_run(out, unbroken)
 
 
+@pytest.mark.usefixtures("equal_bits")
 def test_that_holds_with_a_kl_and_without_updates(config, tmp_path):
     """The KL stays that to the starting policy; a step without a group to learn from changes no version."""
     settings = {"algorithm__kl_coef": 0.1, "algorithm__max_refills": 0, "rollout__prompts": 1, "rollout__group": 2}
@@ -217,6 +234,7 @@ def test_that_holds_with_a_kl_and_without_updates(config, tmp_path):
         shutil.rmtree(out)
 
 
+@pytest.mark.usefixtures("equal_bits")
 def test_a_longer_run_goes_on_where_it_ended(config, tmp_path, unbroken):
     out = tmp_path / "run"
     start(config(train__steps=2), out)
@@ -266,6 +284,7 @@ main(["train", "--resume", "--out", sys.argv[1]])
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
+@pytest.mark.usefixtures("equal_bits")
 def test_kill_minus_nine_at_any_moment(config, tmp_path):
     setting = config("Slow", train__steps=12, train__checkpoint_every=1)
     whole, out = tmp_path / "whole", tmp_path / "run"
@@ -296,6 +315,7 @@ def wait_for_a_step(out, process):
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("equal_bits")
 def test_a_full_disk_while_saving_a_checkpoint_loses_nothing(config, tmp_path, unbroken, monkeypatch):
     out = tmp_path / "run"
     seal = _durable.seal
@@ -366,16 +386,16 @@ def test_some_failures_are_counted_aloud(config, tmp_path, monkeypatch, scripted
 
 
 def test_the_sampler_is_closed_whatever_happens(config, tmp_path, monkeypatch):
-    import threading
-
     def stop(step, metrics):
+        assert [t.name for t in threading.enumerate() if t not in before].count("agentrl-sampler") == 1
         raise Interrupted
 
-    before = threading.active_count()
+    before = threading.enumerate()
     with pytest.raises(Interrupted):
         start(config(), tmp_path / "run", stop)
-    assert not [t for t in threading.enumerate() if t.name == "agentrl-sampler" and t.is_alive()]
-    assert threading.active_count() <= before + 1
+    left = [t.name for t in threading.enumerate() if t not in before]
+    assert "agentrl-sampler" not in left
+    assert len(left) <= 1, left
 
 
 # -- dynamic sampling -------------------------------------------------------------------------------------------------
@@ -465,8 +485,6 @@ def test_an_environment_without_tasks_is_refused(config, tmp_path, monkeypatch, 
 
 
 def test_a_sampler_that_fails_ends_the_run(config, tmp_path, monkeypatch):
-    from agentrl.sampler.hf import HFSampler
-
     def fail(self, chunks):
         raise RuntimeError("out of memory")
 

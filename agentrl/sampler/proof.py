@@ -17,7 +17,10 @@ from agentrl.errors import UserError
 from agentrl.sampler.slots import Chunk
 
 PROBE = 24
-"""Tokens of the prompt that is tried."""
+"""Tokens of the prompt that is tried in many ways."""
+
+LONG = 1100
+"""Tokens of the one that is tried in a few, or all that fit: BLAS sums over more keys in another order."""
 
 Forward = Callable[[list[Chunk]], Tensor]
 
@@ -60,7 +63,8 @@ def prove(model: Any, reference: Tensor, forward: Forward, *, slots: int, max_le
     """Whether the probe has the same logits, bit for bit, alone, piecewise beside another prompt, and in many slots.
 
     In those its last token is computed with all before it, by itself beside the others', and in slots far apart: the
-    shapes of a prompt, of a step of decoding, and of one where most sequences have ended.
+    shapes of a prompt, of a step of decoding, and of one where most sequences have ended. A long prompt has to have the
+    same logits at once and in a dozen pieces.
 
     Args:
         model: set to the engine's attention.
@@ -91,11 +95,20 @@ def prove(model: Any, reference: Tensor, forward: Forward, *, slots: int, max_le
         raise cannot_sample(
             model, f"its logits there differ from its own by {error:.3g}, expected at most {tolerance:.3g}."
         )
-    return all(torch.equal(found[0], logits) for logits in found)
+    return all(torch.equal(found[0], logits) for logits in found) and _keeps_bits_at_length(model, forward, max_length)
 
 
-def _probe(model: Any, max_length: int) -> Sequence[int]:
-    return [(7 * i + 3) % model.config.vocab_size for i in range(min(PROBE, max_length - 1))]
+def _keeps_bits_at_length(model: Any, forward: Forward, max_length: int) -> bool:
+    ids = _probe(model, max_length, LONG)
+    whole = forward([Chunk(0, 0, ids)])[0]
+    step = max(PROBE, -(-len(ids) // 12))
+    for begin in range(0, len(ids), step):
+        piecewise = forward([Chunk(0, begin, ids[begin : begin + step])])[0]
+    return torch.equal(whole, piecewise)
+
+
+def _probe(model: Any, max_length: int, length: int = PROBE) -> Sequence[int]:
+    return [(7 * i + 3) % model.config.vocab_size for i in range(min(length, max_length - 1))]
 
 
 def _attention_window(config: Any) -> int | None:

@@ -24,6 +24,12 @@ a vector register makes the last of them take another exponential."""
 QUERY_ROWS = 4
 """The least rows of the products within attention, made a head at a time (2 are enough on Intel, 4 on AMD)."""
 
+KEYS = 192
+"""Keys that BLAS sums in one go on AMD. One and a bit would be summed as two halves, wherever the middle is."""
+
+BLOCK = 512
+"""Keys that ``scaled_dot_product_attention`` takes at a time."""
+
 ATTENTION = "agentrl_slots"
 
 
@@ -87,8 +93,8 @@ class SlotCache:
         self.queries = heads // self.kv_heads
         self.least_width = _power_of_two(-(-QUERY_ROWS // self.queries))
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.spare, self.length = slots, length
-        shape = (slots + 1, self.kv_heads, length, self.head_dim)
+        self.spare = slots
+        shape = (slots + 1, self.kv_heads, _span(length), self.head_dim)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
@@ -144,7 +150,7 @@ class SlotCache:
         valid = step < size
         rows = torch.tensor(starts)[:, None] + torch.where(valid, step, 0)
         limit = begin + torch.where(valid, step, 0)
-        span = min(self.length, -(-int(limit.max() + 1) // 32) * 32)
+        span = _span(int(limit.max()) + 1)
         hidden = torch.arange(span)[None, None, :] > limit[:, :, None]
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
         mask = mask.repeat_interleave(self.queries, dim=1)[:, None]
@@ -185,6 +191,12 @@ class SlotCache:
 def _power_of_two(number: int) -> int:
     """The least one that is not below ``number``."""
     return 1 << (number - 1).bit_length()
+
+
+def _span(length: int) -> int:
+    """Keys to read for ``length`` of them: in all such spans they are summed in the same order."""
+    span = -(-length // 32) * 32
+    return span - span % BLOCK + 2 * KEYS if KEYS < span % BLOCK < 2 * KEYS else span
 
 
 def _spread(of: Tensor, place: Tensor, count: int) -> Tensor:

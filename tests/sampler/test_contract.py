@@ -61,14 +61,14 @@ async def test_ids_in_ids_out(make_sampler):
     assert (done.temperature, done.top_p) == (1.0, 1.0)
 
 
-async def test_a_stop_id_ends_the_completion_and_is_its_last_token(make_sampler):
+async def test_a_stop_id_ends_the_completion_and_is_its_last_token(make_sampler, same):
     sampler = make_sampler()
     free = await sampler.sample(PROMPT, FREE)
     stop = free.token_ids[10]
     first = free.token_ids.index(stop)
     cut = await sampler.sample(PROMPT, SamplingParams(24, seed=3, stop_ids=(stop, 447)))
     assert cut.token_ids == free.token_ids[: first + 1]
-    assert cut.logprobs == free.logprobs[: first + 1]
+    same(cut.logprobs, free.logprobs[: first + 1])
     assert cut.stop_reason is StopReason.STOP
     last = await sampler.sample(PROMPT, SamplingParams(first + 1, seed=3, stop_ids=(stop,)))
     assert last.stop_reason is StopReason.STOP, "a stop id on the last allowed token is a stop"
@@ -84,11 +84,11 @@ async def test_limits_of_tokens_and_of_length(make_sampler):
     assert (len(brim.token_ids), brim.stop_reason) == (1, StopReason.LENGTH)
 
 
-async def test_the_seed_is_all_the_randomness(make_sampler):
+async def test_the_seed_is_all_the_randomness(make_sampler, same):
     sampler = make_sampler()
     first = await sampler.sample(PROMPT, FREE)
-    assert await sampler.sample(PROMPT, FREE) == first
-    assert await make_sampler().sample(PROMPT, FREE) == first
+    same(await sampler.sample(PROMPT, FREE), first)
+    same(await make_sampler().sample(PROMPT, FREE), first)
     others = [await sampler.sample(PROMPT, SamplingParams(24, seed=seed)) for seed in (4, 5, -1, 2**63 - 1)]
     assert len({first.token_ids, *(o.token_ids for o in others)}) == 5
 
@@ -130,69 +130,76 @@ async def test_samples_follow_the_distribution(make_sampler, make_model):
 # -- bit for bit the same, whatever else is being sampled -------------------------------------------------------------
 
 
+async def test_equal_bits_are_promised_wherever_the_processor_allows_them(
+    make_sampler, processor, processor_keeps_bits
+):
+    """The tests below ask for them then; elsewhere for equal tokens and log-probs within 1e-4."""
+    if not (sampler := make_sampler()).deterministic and not processor_keeps_bits:
+        pytest.skip(f"{processor}: matrix products or attention round differently among few rows and many")
+    assert sampler.deterministic, f"{processor} keeps the bits of a row among few and many, the engine does not"
+
+
 @pytest.mark.parametrize("seed", range(3))
-async def test_a_crowd_changes_nothing(make_sampler, seed):
+async def test_a_crowd_changes_nothing(make_sampler, seed, same):
     alone = await make_sampler().sample(PROMPT, FREE)
     sampler = make_sampler()
-    if not sampler.deterministic:
-        pytest.skip("this backend does not promise it")
     jobs = [asyncio.create_task(sampler.sample(ids, params)) for ids, params in crowd(15, seed)]
     await asyncio.sleep(0.01 * seed)
     late = asyncio.create_task(sampler.sample(PROMPT, FREE))
     jobs += [asyncio.create_task(sampler.sample(ids, params)) for ids, params in crowd(15, seed + 10)]
-    assert await late == alone
+    same(await late, alone)
     await asyncio.gather(*jobs)
-    assert await sampler.sample(PROMPT, FREE) == alone, "after everybody left, from what they left behind"
+    same(await sampler.sample(PROMPT, FREE), alone)  # after everybody left, from what they left behind
 
 
-async def test_every_member_of_a_crowd_is_as_if_alone(make_sampler):
+async def test_every_member_of_a_crowd_is_as_if_alone(make_sampler, same):
     requests = list(crowd(12, seed=5))
     alone = [await make_sampler(max_slots=4).sample(ids, params) for ids, params in requests]
     sampler = make_sampler()
     together = await asyncio.gather(*(sampler.sample(ids, params) for ids, params in requests))
-    assert together == alone
+    same(together, alone)
 
 
-async def test_siblings_are_as_if_alone(make_sampler):
+async def test_siblings_are_as_if_alone(make_sampler, same):
     params = [SamplingParams(16, seed=seed) for seed in range(8)]
     alone = [await make_sampler(max_slots=2).sample(PROMPT, p) for p in params]
     sampler = make_sampler()
-    assert await asyncio.gather(*(sampler.sample(PROMPT, p) for p in params)) == alone
+    same(await asyncio.gather(*(sampler.sample(PROMPT, p) for p in params)), alone)
 
 
-async def test_a_next_turn_is_as_if_sampled_from_the_start(make_sampler):
+async def test_a_next_turn_is_as_if_sampled_from_the_start(make_sampler, same):
     sampler = make_sampler()
     ids = list(PROMPT)
     for turn in range(4):
         jobs = [asyncio.create_task(sampler.sample(others, params)) for others, params in crowd(5, turn)]
         params = SamplingParams(10, seed=turn)
         done = await sampler.sample(ids, params)
-        assert done == await make_sampler(max_slots=2).sample(ids, params)
+        same(done, await make_sampler(max_slots=2).sample(ids, params))
         ids += [*done.token_ids, 17, 18, 19]
         await asyncio.gather(*jobs)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 5])
-async def test_few_slots_only_take_longer(make_sampler, slots):
+async def test_few_slots_only_take_longer(make_sampler, slots, same, exact):
     requests = list(crowd(10, seed=7))
     wide = make_sampler()
     expected = await asyncio.gather(*(wide.sample(ids, params) for ids, params in requests))
     narrow = make_sampler(max_slots=slots)
-    assert narrow.deterministic
+    assert narrow.deterministic or not exact
     for _ in range(2):
-        assert await asyncio.gather(*(narrow.sample(ids, params) for ids, params in requests)) == expected
+        same(await asyncio.gather(*(narrow.sample(ids, params) for ids, params in requests)), expected)
 
 
 # -- streaming, cancelling, closing -----------------------------------------------------------------------------------
 
 
-async def test_the_stream_is_the_sample(make_sampler):
+async def test_the_stream_is_the_sample(make_sampler, same):
     sampler = make_sampler()
     done = await sampler.sample(PROMPT, FREE)
     events = [event async for event in sampler.stream(PROMPT, FREE)]
     assert tuple(e.token_id for e in events) == done.token_ids
-    assert tuple(e.logprob for e in events) == done.logprobs
-    assert tuple(e.entropy for e in events) == done.entropies
+    same(tuple(e.logprob for e in events), done.logprobs)
+    same(tuple(e.entropy for e in events), done.entropies)
     assert [e.stop_reason for e in events] == [None] * 23 + [StopReason.LENGTH]
 
 
@@ -206,7 +213,7 @@ async def test_tokens_are_streamed_as_they_come(make_sampler):
     await stream.aclose()
 
 
-async def test_a_cancelled_request_leaves_the_others_alone_and_frees_its_slot(make_sampler):
+async def test_a_cancelled_request_leaves_the_others_alone_and_frees_its_slot(make_sampler, same):
     alone = await make_sampler().sample(PROMPT, FREE)
     sampler = make_sampler(max_slots=2, max_length=512)
     kept = asyncio.create_task(sampler.sample(PROMPT, FREE))
@@ -218,12 +225,12 @@ async def test_a_cancelled_request_leaves_the_others_alone_and_frees_its_slot(ma
     for task in (waiting, endless):
         with pytest.raises(asyncio.CancelledError):
             await task
-    assert await kept == alone
+    same(await kept, alone)
     again = await asyncio.gather(sampler.sample(PROMPT, FREE), sampler.sample(PROMPT, FREE))
-    assert again == [alone, alone]
+    same(again, [alone, alone])
 
 
-async def test_cancelling_at_any_moment_spoils_nothing(make_sampler):
+async def test_cancelling_at_any_moment_spoils_nothing(make_sampler, same):
     """Also half-way through a prompt, whose computed part must not pass for the whole."""
     sampler = make_sampler(max_slots=6)
     expected = {}
@@ -237,7 +244,7 @@ async def test_cancelling_at_any_moment_spoils_nothing(make_sampler):
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
     for ids, (params, done) in expected.items():
-        assert await sampler.sample(ids, params) == done
+        same(await sampler.sample(ids, params), done)
 
 
 async def test_leaving_a_stream_cancels_it(make_sampler):
@@ -347,7 +354,7 @@ def moved(model, scale=0.05, seed=0):
     return {name: p.detach() + scale * torch.randn_like(p) for name, p in model.named_parameters()}
 
 
-async def test_new_weights_are_used_at_once_and_nothing_old_is(make_sampler, make_model):
+async def test_new_weights_are_used_at_once_and_nothing_old_is(make_sampler, make_model, same):
     sampler = make_sampler()
     before = await sampler.sample(PROMPT, FREE)
     model = make_model()
@@ -359,7 +366,7 @@ async def test_new_weights_are_used_at_once_and_nothing_old_is(make_sampler, mak
     assert after.logprobs != before.logprobs
     logprobs, _ = references(model, PROMPT, after)
     assert after.logprobs == pytest.approx(logprobs, abs=1e-5)
-    assert after == await make_sampler(model, version=7).sample(PROMPT, FREE), "the same as a sampler born with them"
+    same(after, await make_sampler(model, version=7).sample(PROMPT, FREE))  # as of a sampler born with them
 
 
 async def test_requests_in_flight_go_on_under_the_new_weights(make_sampler, make_model):
@@ -385,7 +392,7 @@ async def test_requests_in_flight_go_on_under_the_new_weights(make_sampler, make
         assert one.logprobs[:switch] == pytest.approx(old[:switch], abs=1e-5)
 
 
-async def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(make_sampler, make_model):
+async def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(make_sampler, make_model, same):
     sampler = make_sampler()
     before = await sampler.sample(PROMPT, FREE)
     good = moved(make_model())
@@ -401,4 +408,4 @@ async def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(make_sa
         with pytest.raises(SamplerError, match=message):
             await sampler.update_weights(source, 1)
     assert sampler.version == 0
-    assert await sampler.sample(PROMPT, FREE) == before
+    same(await sampler.sample(PROMPT, FREE), before)
