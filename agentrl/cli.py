@@ -23,7 +23,8 @@ agentrl: train and evaluate tool-using language models
   agentrl demo                    train a tiny policy from nothing on two CPU cores, and prove that it got better
   agentrl list                    list the environments and the tools
   agentrl sft ENV --policy DIR    warm-start on the environment's demonstrations; without --policy, a new tiny policy
-  agentrl train ENV --policy DIR  train with group rollouts (GRPO, DAPO)
+  agentrl train ENV --policy DIR  train with group rollouts
+  agentrl algorithms [NAME]       the algorithms for --algorithm.name; with a name, its formula, choices and source
   agentrl eval ENV --policy P     pass@k with intervals; P is a Hugging Face folder or an OpenAI-compatible base URL
   agentrl new NAME                write a new environment folder with its test
   agentrl check ENV               the conformance kit
@@ -216,6 +217,16 @@ def _keys(words: list[str]) -> None:
         print(f"{key:<28}{default:<28}{meaning}")
 
 
+def _algorithms(words: list[str]) -> None:
+    from agentrl.presets import PRESETS, describe, summaries
+
+    named = bool(words) and not words[0].startswith("-")
+    name = Arguments(words, "a name" if named else None, set(), configured=False).name
+    if name and name not in PRESETS:
+        raise UnknownName("algorithm", name, PRESETS)
+    print(describe(name) if name else "\n".join(f"{each:<24}{summary}" for each, summary in summaries().items()))
+
+
 def _doctor(words: list[str]) -> None:
     import asyncio
 
@@ -257,6 +268,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "new": _new,
     "check": _check,
     "keys": _keys,
+    "algorithms": _algorithms,
     "doctor": _doctor,
     "sandbox": _sandbox,
 }

@@ -23,8 +23,60 @@ from pydantic_settings import (
 )
 
 from agentrl.errors import ConfigError, UnknownName
+from agentrl.presets import PRESETS
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+Estimator = Literal[
+    "group",
+    "leave_one_out",
+    "opo",
+    "maxrl",
+    "gpg",
+    "best_of_group",
+    "raft",
+    "reinforce_rej",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "gigpo",
+    "tree",
+    "gae",
+]
+Surrogate = Literal[
+    "clip",
+    "unclipped",
+    "reinforce",
+    "cispo",
+    "sapo",
+    "gmpo",
+    "gvpo",
+    "aepo",
+    "clip_cov",
+    "kl_cov",
+    "dppo",
+    "ipo",
+    "rollout_is",
+    "vespo",
+]
+Correction = Literal[
+    "none",
+    "token_tis",
+    "sequence_tis",
+    "token_mask",
+    "sequence_mask",
+    "geometric_mask",
+    "decoupled",
+    "token_k1",
+    "token_k2",
+    "token_k3",
+    "seq_sum_k1",
+    "seq_sum_k2",
+    "seq_sum_k3",
+    "seq_mean_k1",
+    "seq_mean_k2",
+    "seq_mean_k3",
+    "seq_max_k2",
+    "seq_max_k3",
+]
 
 
 class Section(BaseModel):
@@ -34,38 +86,41 @@ class Section(BaseModel):
 
 
 class AlgorithmConfig(Section):
-    """The loss: a preset over orthogonal choices. Keys given beside ``name`` override the preset's."""
+    """The loss: a preset (``agentrl algorithms``) over orthogonal choices. Keys given beside ``name`` override it."""
 
-    name: str = Field("dapo", description="preset: grpo, dr_grpo or dapo")
-    normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation")
+    name: str = Field("dapo", description="preset; see agentrl algorithms")
+    estimator: Estimator = Field("group", description="how rewards become advantages")
+    estimator_options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the estimator")
+    normalize: Literal["none", "group", "batch"] = Field("group", description="whose standard deviation divides them")
+    credit: Literal["soft", "hard", "entropy"] = Field("soft", description="of shared tokens: own leaf's, mean; AEPO's")
+    ratio: Literal["token", "turn", "sequence"] = Field("token", description="level of the importance ratio")
+    surrogate: Surrogate = Field("clip", description="what the ratio and the advantage become")
+    surrogate_options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the surrogate")
     clip_low: float = Field(0.2, gt=0, description="lower clip: ratio >= 1 - clip_low")
     clip_high: float = Field(0.28, gt=0, description="upper clip: ratio <= 1 + clip_high")
     dual_clip: float | None = Field(None, gt=1, description="bound of the loss for negative advantages; none: off")
     aggregation: Aggregation = Field("token-mean", description="how token losses become one number")
-    kl_coef: float = Field(0.0, ge=0, description="weight of the KL to the starting policy in the loss; 0: no KL")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="KL estimator (Schulman 2020)")
+    kl_coef: float = Field(0.0, ge=0, description="weight of the KL penalty; 0: no KL, and no second model")
+    kl_estimator: Literal["k1", "abs", "k2", "k3", "k1+", "k3+"] = Field(
+        "k3", description="KL estimator; +: k2's slope"
+    )
+    kl_reference: Literal["start", "old"] = Field("start", description="KL to the starting policy, or to the last one")
+    kl_placement: Literal["loss", "reward"] = Field("loss", description="KL as a loss term, or taken off the rewards")
+    kl_target: float = Field(0.0, ge=0, description="nats a token; kl_coef then adapts to keep the KL there; 0: fixed")
+    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
+    entropy_target: float = Field(0.0, ge=0, description="nats; entropy_coef then adapts to keep it; 0: fixed")
+    top_entropy: float = Field(1.0, gt=0, le=1, description="share of tokens, the most uncertain ones, that are learnt")
+    old_logprobs: Literal["sampler", "learner"] = Field("sampler", description="whose log-probs the ratio divides by")
+    correction: Correction = Field("none", description="for the gap between the learner that was and the sampler")
+    correction_options: dict[str, Any] = Field(default_factory=dict, description="arguments of the correction")
+    opsm_delta: float = Field(
+        0.0, ge=0, description="drop bad answers grown unlikely by this many nats a token; 0: off"
+    )
     dynamic_sampling: bool = Field(True, description="replace groups whose rewards are all equal")
     max_refills: int = Field(2, ge=0, description="rounds of replacement groups per step; then train on what there is")
+    min_reward_std: float = Field(0.0, ge=0, description="groups whose rewards spread no more are not learnt from")
     overlong_filter: bool = Field(True, description="leave trajectories cut by the token budget out of the loss")
     overlong_buffer: int = Field(0, ge=0, description="tokens before the budget over which reward falls by 1; 0: off")
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "grpo": {
-        "clip_high": 0.2,
-        "aggregation": "seq-mean-token-mean",
-        "dynamic_sampling": False,
-        "overlong_filter": False,
-    },
-    "dr_grpo": {
-        "normalize_std": False,
-        "clip_high": 0.2,
-        "aggregation": "seq-mean-token-sum-norm",
-        "dynamic_sampling": False,
-        "overlong_filter": False,
-    },
-    "dapo": {},
-}
 
 
 class PolicyConfig(Section):
@@ -75,6 +130,12 @@ class PolicyConfig(Section):
     tool_format: Literal["hermes", "tags"] = Field("hermes", description="how tool calls are written")
     threads: int = Field(0, ge=0, description="CPU threads for torch; 0: all cores")
     device: str = Field("auto", description="torch device; auto: cuda where there is one, else cpu")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the weights; auto: as they were saved"
+    )
+    lora_rank: int = Field(0, ge=0, description="train adapters of this rank (LoRA, needs peft); 0: all weights")
+    lora_alpha: float = Field(32.0, gt=0, description="scale of the adapters: alpha / rank")
+    lora_targets: str | tuple[str, ...] = Field("all-linear", description="modules that get an adapter")
 
 
 class SamplerConfig(Section):
@@ -117,7 +178,11 @@ class TrainConfig(Section):
     minibatches: int = Field(1, ge=1, description="optimizer steps per batch of rollouts")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm at which to clip")
     micro_tokens: int = Field(16384, ge=1, description="unique tokens per forward pass; gradients accumulate over them")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
     max_gap: float = Field(0.05, gt=0, description="largest mean |sampler - learner| log-prob gap before the run stops")
+    min_entropy: float = Field(0.0, ge=0, description="stop where the entropy stays below, in nats; 0: off")
+    min_informative: float = Field(0.0, ge=0, le=1, description="stop where fewer groups have two rewards; 0: off")
+    patience: int = Field(5, ge=1, description="steps in a row after which those two stop the run")
     checkpoint_every: int = Field(20, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
 
@@ -192,7 +257,7 @@ def load_config(file: str | None = None, overrides: Mapping[str, Any] | None = N
     name = str(algorithm.get("name", "dapo"))
     if name not in PRESETS:
         raise UnknownName("algorithm", name, PRESETS)
-    tree["algorithm"] = PRESETS[name] | algorithm
+    tree["algorithm"] = PRESETS[name]() | algorithm
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -258,9 +323,9 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in nested sections; ``env_options`` is one value."""
+    """(dotted key, value) of everything in nested sections; a table of options is one value."""
     for name, value in tree.items():
-        if isinstance(value, Mapping) and name != "env_options":
+        if isinstance(value, Mapping) and not name.endswith("options"):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -23,6 +23,7 @@
     └── TrainingError               the run has to stop
         ├── NonFiniteError          a loss, gradient or log-prob is not finite; the sample is saved
         ├── PolicyMismatch          sampler and learner disagree about log-probs
+        ├── TrainingCollapsed       the policy no longer explores, or nothing is left to learn from
         └── TooManyFailures         more episodes failed than ``rollout.max_failures`` allows
 
 ``UserError`` is caught by the command line and printed without a traceback (exit status 2); a ``TrainingError``
@@ -161,6 +162,21 @@ class NonFiniteError(TrainingError):
 
 class PolicyMismatch(TrainingError):
     """Sampler and learner disagree about the log-probs of the same tokens."""
+
+
+class TrainingCollapsed(TrainingError):
+    """The policy no longer explores, or its rewards no longer differ, and that has lasted.
+
+    Attributes:
+        reason: "entropy" or "reward variance".
+        value: the last one measured.
+        bound: what it should not stay below.
+        steps: for how many steps in a row it has.
+    """
+
+    def __init__(self, message: str, *, reason: str, value: float, bound: float, steps: int) -> None:
+        super().__init__(message)
+        self.reason, self.value, self.bound, self.steps = reason, value, bound, steps
 
 
 class TooManyFailures(TrainingError):

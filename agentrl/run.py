@@ -12,18 +12,20 @@ from typing import Any
 from agentrl import registry
 from agentrl._durable import disk_full_explained
 from agentrl.assemble import env_factory, use_threads
+from agentrl.collapse import Watch
 from agentrl.config import RunConfig, load_config
 from agentrl.demonstrations import Tokens, encode, record
 from agentrl.errors import ConfigError, RunFolderError, UserError
 from agentrl.evaluate import Evaluation, compare_evaluations, evaluate, on_leaf, table
-from agentrl.progress import console, progress_bar
+from agentrl.learner import distributed
+from agentrl.progress import StepTable, console, progress_bar
 from agentrl.renderer import Renderer
 from agentrl.sandbox.shared import close_shared_sandboxes
 from agentrl.seeds import derive_seed
 from agentrl.tasks import TaskStream
 from agentrl.tiny import build_model, build_tokenizer, render_texts, save_policy
-from agentrl.trace import RunFolder
-from agentrl.train import Metrics, train
+from agentrl.trace import RunFolder, read_metrics
+from agentrl.train import Metrics, follow_training, load_start, make_learner, train
 from agentrl.types import Task
 
 
@@ -88,13 +90,36 @@ def run_train(
 ) -> Path:
     """Train in a new run folder, or, without ``config``, go on with the run in ``out``; returns the last checkpoint.
 
-    A resumed run keeps its configuration; of ``overrides`` only ``train.steps`` may differ, to train for longer.
+    Under torchrun every process calls it; process 0 plays and writes, the others learn with it.
+
+    A resumed run keeps its configuration; of ``overrides`` only those of ``MAY_CHANGE`` may differ.
 
     Raises:
         RunFolderError: the folder is in use, holds a run already, or holds none to resume.
         ConfigError: a resume with another value than the run's for something else.
         UserError: something that can be told before there is a run folder.
     """
+    distributed.start(_device(config, out))
+    try:
+        if distributed.rank() == 0:
+            return _lead(config, out, toml, overrides or {})
+        follow_training()
+        return out
+    finally:
+        distributed.stop()
+
+
+def _device(config: RunConfig | None, out: Path) -> str:
+    """Where the run learns; a run folder that cannot be read is process 0's to complain about."""
+    try:
+        return (
+            config.policy.device if config else str(json.loads((out / "config.json").read_text())["policy"]["device"])
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return "auto"
+
+
+def _lead(config: RunConfig | None, out: Path, toml: str | None, overrides: Mapping[str, Any]) -> Path:
     if config is not None:
         _check_inputs(config)
         config = _anchored(config)
@@ -106,7 +131,7 @@ def run_train(
             return train_with_bar(config, run)
     _require_no_policy(out)
     with RunFolder.resume(out) as run:
-        config = _resumed_config(run, overrides or {})
+        config = _resumed_config(run, overrides)
         run.keep = config.train.keep_checkpoints
         if run.start and run.start.step >= config.train.steps:
             raise UserError(
@@ -144,30 +169,50 @@ def _anchored(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"env": env, "policy": policy})
 
 
+MAY_CHANGE = ("train.steps", "train.min_entropy", "train.min_informative", "train.patience")
+"""What a resumed run may do otherwise: how long it goes on, which changes no step that it has done."""
+
+
 def _resumed_config(run: RunFolder, overrides: Mapping[str, Any]) -> RunConfig:
     saved = load_config(None, run.config)
     for key, value in overrides.items():
-        if key != "train.steps" and _anchored(load_config(None, {**run.config, key: value})) != saved:
-            raise ConfigError(f"a resumed run keeps its configuration but for train.steps, got {key} = {value!r}.")
+        if key not in MAY_CHANGE and _anchored(load_config(None, {**run.config, key: value})) != saved:
+            raise ConfigError(
+                f"a resumed run keeps its configuration but for train.steps, got {key} = {value!r}. (Also "
+                f"{', '.join(MAY_CHANGE[1:])} may change.)"
+            )
     return load_config(None, {**run.config, **overrides})
 
 
 def train_with_bar(config: RunConfig, run: RunFolder) -> Path:
-    """``train`` with a progress bar."""
+    """``train`` with a progress bar and a table of its steps, and a watch for its collapse.
+
+    Raises:
+        TrainingCollapsed: see ``collapse``; besides what ``train`` raises.
+    """
     done = run.start.step if run.start else 0
+    watch = Watch.of(config.train, read_metrics(run.path))
+    steps = StepTable(config.train.steps)
     with progress_bar(f"train ({config.algorithm.name})", config.train.steps, done) as advance:
 
-        def show(_: int, metrics: Metrics) -> None:
+        def show(step: int, metrics: Metrics) -> None:
             reward = metrics["reward"]
-            text = "no scored episode" if reward is None else f"reward {reward:.3f}"
-            failures = metrics["rollout/failures"] or 0
-            aloud = f"  {failures:.0f} EPISODES FAILED" if failures else ""
-            aloud += "" if metrics["rollout/groups"] else "  NOTHING TO LEARN FROM"
-            advance(1, f"{text}  calls {metrics['tools/call_frequency']:.2f}{aloud}")
+            note = "" if reward is None else f"reward {reward:.3f}  calls {metrics['tools/call_frequency']:.2f}"
+            advance(1, note, steps.row(step, metrics, _aloud(metrics)))
+            watch.check(metrics)
 
         last = asyncio.run(train(config, run, on_step=show))
     console.print(f"checkpoint {last}")
     return last
+
+
+def _aloud(metrics: Metrics) -> str:
+    """What must not be overlooked in a step; empty where there is nothing."""
+    failures = metrics["rollout/failures"] or 0
+    words = [f"{failures:.0f} EPISODES FAILED"] if failures else []
+    words += ["NO SCORED EPISODE"] if metrics["reward"] is None else []
+    words += [] if metrics["rollout/groups"] else ["NOTHING TO LEARN FROM"]
+    return ", ".join(words)
 
 
 def dry_run(config: RunConfig) -> None:
@@ -176,14 +221,10 @@ def dry_run(config: RunConfig) -> None:
     Raises:
         UserError: whatever a real run would have stumbled over.
     """
-    from agentrl.learner.checkpoint import load_policy
-    from agentrl.learner.step import Learner
-
     tasks = _check_inputs(config)
     first = tasks.take(1)[0]
     asyncio.run(_open_episode(config, first))
-    model, _ = load_policy(config.policy.path, config.policy.device)
-    Learner(model, config)
+    make_learner(config, load_start(config, None)[0], None)
     print(json.dumps(config.model_dump(mode="json"), indent=2))
     print(f"ok: {config.rollout.prompts} x {config.rollout.group} rollouts a step, first task {first.id!r}")
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from agentrl.config import SFTConfig
 from agentrl.demonstrations import Tokens
 from agentrl.errors import NonFiniteError, TaskError
+from agentrl.learner.attention import ATTENTION
 from agentrl.learner.logprob import target_logprobs
-from agentrl.learner.pack import ATTENTION, Trajectory, pack
+from agentrl.learner.pack import TrainBatch, pack
 
 
 def sft(
@@ -54,8 +56,8 @@ def sft(
     rng = random.Random(seed)
     losses: list[float] = []
     for step in range(config.steps):
-        batch = pack([_trajectory(_pick(expert, guesses, config, rng)) for _ in range(config.batch)], device)
-        loss = -target_logprobs(model, batch).sum() / batch.mask.sum()
+        batch = _packed([_pick(expert, guesses, config, rng) for _ in range(config.batch)], device)
+        loss = -target_logprobs(model, batch)[0].sum() / batch.mask.sum()
         if not bool(loss.isfinite()):
             raise NonFiniteError(
                 f"the warm start's loss is {float(loss.detach())} at step {step}: lower sft.lr or sft.muon_lr."
@@ -71,8 +73,11 @@ def _pick(expert: Sequence[Tokens], guesses: Sequence[Tokens], config: SFTConfig
     return rng.choice(guesses if rng.random() < config.guess_fraction else expert)
 
 
-def _trajectory(tokens: Tokens) -> Trajectory:
-    return Trajectory(tokens.token_ids, tokens.policy, (0.0,) * len(tokens.token_ids))
+def _packed(demonstrations: Sequence[Tokens], device: torch.device) -> TrainBatch:
+    ids = [torch.tensor(tokens.token_ids) for tokens in demonstrations]
+    own = [torch.tensor(tokens.policy) for tokens in demonstrations]
+    lengths = torch.tensor([len(row) for row in ids])
+    return pack(pad_sequence(ids, batch_first=True), lengths, pad_sequence(own, batch_first=True), device)
 
 
 def _optimizers(model: torch.nn.Module, config: SFTConfig) -> list[torch.optim.Optimizer]:

@@ -37,9 +37,9 @@ from _bench import Row, Seconds, interleave, measure, parser, ratio, report, tin
 from torch import Tensor
 
 from agentrl.config import RunConfig, load_config
-from agentrl.learner.logprob import target_logprobs
+from agentrl.learner._old_pack import target_logprobs
 from agentrl.learner.loss import aggregate, policy_loss
-from agentrl.learner.pack import Trajectory, pack
+from agentrl.learner._old_pack import Trajectory, pack
 from agentrl.learner.step import Learner
 from agentrl.types import Leaf, Node, Outcome, RolloutTree, Task
 

@@ -158,6 +158,9 @@ def test_train_and_resume(agentrl, tmp_path, scripted, policy_folder):
     status, shown, error = agentrl("train", *words, "@", file)
     assert (status, error) == (0, "")
     assert "train (dapo): 2/2" in shown
+    titles, first = shown.splitlines()[:2]
+    assert titles.startswith("step  reward  entropy   clip -/+  KL step")
+    assert first.split()[:2] == ["1", f"{read_metrics(out)[0]['reward']:.3f}"]
     assert (out / "config.toml").read_text() == file.read_text()
     assert json.loads((out / "config.json").read_text())["train"]["lr"] == 1e-4
     status, _, error = agentrl("train", "--resume", "--out", out)

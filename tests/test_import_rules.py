@@ -20,7 +20,18 @@ HEAVY = {"torch", "vllm"}
 MAY_IMPORT_HEAVY = {f"sampler/{name}" for name in ("hf", "slots", "draw", "proof", "vllm")} | {"warmstart"}
 
 BASE = {"types", "errors"}
-FOUNDATION = {"config", "registry", "seeds", "_content", "_durable", "_versions", "_stand_in", "progress"}
+FOUNDATION = {
+    "config",
+    "presets",
+    "registry",
+    "seeds",
+    "_content",
+    "_durable",
+    "_versions",
+    "_stand_in",
+    "progress",
+    "collapse",
+}
 # Layer by layer; a module may import its own layer and those before it.
 LAYERS = [
     BASE,
@@ -29,6 +40,7 @@ LAYERS = [
         "env",
         "tool",
         "tool_format",
+        "rewards",
         "renderer",
         "sandbox",
         "data",

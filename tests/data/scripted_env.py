@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from agentrl import Message, Task, ToolCall, ToolEnv, require_answer, tool
 
 
@@ -48,14 +46,6 @@ class Shy(Doubling):
 
     async def reward(self, task, episode):
         return float(len(episode.tool_results) > 0)
-
-
-class Slow(Shy):
-    """The same, at a speed that leaves time to kill it."""
-
-    async def reward(self, task, episode):
-        await asyncio.sleep(0.2)
-        return await super().reward(task, episode)
 
 
 class Broken(Doubling):

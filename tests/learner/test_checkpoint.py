@@ -3,46 +3,115 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 
 import pytest
 import torch
+from fixed_rollouts import fixed_rollouts
+from transformers import AutoModelForCausalLM
 
 from agentrl.config import load_config
 from agentrl.errors import RunFolderError, UserError
-from agentrl.learner.checkpoint import load_policy, load_state, load_tokenizer, save_checkpoint
-from agentrl.learner.pack import Trajectory
+from agentrl.learner.checkpoint import LEARNER, STATE, load_policy, load_state, load_tokenizer, save_checkpoint
 from agentrl.learner.step import Learner
 from agentrl.tiny import build_model, save_policy
 
-FOREST = [Trajectory((1, 2, 3, 4 + n), (False, False, True, True), (0.0, 0.0, -1.0, -1.0), 1.0 - n) for n in range(3)]
+CASES = {
+    "all weights": {},
+    "bf16": {"policy.dtype": "bfloat16"},
+    "adapters": {"policy.lora_rank": 4},
+    "critic": {"algorithm.name": "ppo"},
+    "adaptive KL": {"algorithm.kl_coef": 0.1, "algorithm.kl_target": 1e-3},
+}
+"""Learners that differ in what has to be saved."""
 
 
-def moved(model):
+def config(case):
+    return load_config(None, {"train.max_gap": 1e9, "train.lr": 1e-3, "train.warmup": 5} | CASES[case])
+
+
+def moved(model, case="all weights"):
     """A learner two steps on its way."""
-    learner = Learner(model, load_config(None, {"train.max_gap": 1e9, "train.lr": 1e-3}))
-    for _ in range(2):
-        learner._update(FOREST, check_gap=False)
+    if case == "bf16":  # but not the frequencies of the positions, which from_pretrained keeps in fp32
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    learner = Learner(model, config(case))
+    for seed in (1, 2):
+        learner.step(fixed_rollouts(seed))
     return learner
 
 
-def test_a_learner_goes_on_bit_for_bit(make_model, tokenizer, tmp_path):
-    learner = moved(make_model())
+def resumed(folder, case, start):
+    """Another learner, as a run that was stopped would make it from ``folder``; ``start`` is the first policy."""
+    setting = config(case)
+    model = start if setting.policy.lora_rank else load_policy(folder, dtype=setting.policy.dtype)[0]
+    learner = Learner(model, setting, reference=start)
+    return learner, load_state(folder, learner)
+
+
+def everything(learner):
+    """All numbers that a learner has, by name."""
+    critic = {} if learner.critic is None else dict(learner.critic.named_parameters())
+    return dict(learner.model.named_parameters()) | critic | learner.optimizer.state_dict()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_learner_goes_on_bit_for_bit(make_model, tokenizer, tmp_path, case):
+    learner = moved(make_model(), case)
     save_checkpoint(tmp_path, learner, tokenizer, {"step": 2, "cursor": 5})
-    model, _ = load_policy(tmp_path)
-    again = Learner(model, learner.config)
-    assert load_state(tmp_path, again) == {"step": 2, "cursor": 5, "updates": 2}
-    first, second = (one._update(FOREST, check_gap=False) for one in (learner, again))
-    assert first == second
-    pairs = zip(learner.weights().items(), again.weights().items(), strict=True)
-    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+    again, state = resumed(tmp_path, case, make_model())
+    assert state == {"step": 2, "cursor": 5}
+    assert again.state() == learner.state()
+    assert learner.step(fixed_rollouts(3)) == again.step(fixed_rollouts(3))
+    one, two = everything(learner), everything(again)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("lost", ["moments", "counters"])
+def test_what_is_saved_is_needed(make_model, tokenizer, tmp_path, lost):
+    """So the test above can fail: without its moments or counters the learner goes elsewhere."""
+    learner = moved(make_model(), "adaptive KL")
+    save_checkpoint(tmp_path, learner, tokenizer, {})
+    if lost == "moments":
+        saved = torch.load(tmp_path / LEARNER)
+        torch.save({name: torch.zeros_like(tensor) for name, tensor in saved.items()}, tmp_path / LEARNER)
+    else:
+        fresh = Learner(make_model(), learner.config).state()
+        assert fresh != learner.state()
+        (tmp_path / STATE).write_text(json.dumps({"learner": fresh}))
+    again, _ = resumed(tmp_path, "adaptive KL", make_model())
+    learner.step(fixed_rollouts(3))
+    again.step(fixed_rollouts(3))
+    assert not all(torch.equal(a, b) for a, b in zip(learner.model.parameters(), again.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("case", ["bf16", "adapters"])
+def test_the_saved_policy_is_what_the_sampler_has(make_model, tokenizer, tmp_path, case):
+    learner = moved(make_model(), case)
+    save_checkpoint(tmp_path, learner, tokenizer, {})
+    expected = learner.weights()
+    for loaded in (load_policy(tmp_path)[0], AutoModelForCausalLM.from_pretrained(tmp_path)):
+        found = dict(loaded.named_parameters())
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+        assert all(found[name].dtype == weight.dtype for name, weight in expected.items())
 
 
 def test_a_state_of_another_policy_is_refused(make_model, tokenizer, tmp_path):
     save_checkpoint(tmp_path, moved(make_model()), tokenizer, {"step": 2})
     other = Learner(build_model(tokenizer, hidden=64, layers=3), load_config())
-    with pytest.raises(RunFolderError, match="does not fit the policy"):
+    with pytest.raises(RunFolderError, match=r"does not fit the policy: missing .*layers\.2"):
         load_state(tmp_path, other)
+    (tmp_path / LEARNER).unlink()
+    with pytest.raises(RunFolderError, match=r"expected learner\.pt or learner/ beside trainer_state\.json"):
+        load_state(tmp_path, other)
+
+
+def test_the_dtype_of_a_policy_can_be_chosen(policy_folder):
+    assert next(load_policy(policy_folder)[0].parameters()).dtype == torch.float32, "as saved"
+    assert next(load_policy(policy_folder, dtype="bfloat16")[0].parameters()).dtype == torch.bfloat16
 
 
 def test_a_policy_and_its_tokenizer_come_back(make_model, tokenizer, tmp_path):

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentrl.learner.logprob import target_logprobs
-from agentrl.learner.pack import ATTENTION, Trajectory, flatten, micro_batches, pack
+from agentrl.learner._old_pack import ATTENTION, Trajectory, flatten, micro_batches, pack, target_logprobs
 from agentrl.types import Leaf, Node, Outcome, RolloutTree, StopReason, Task
 
 VOCABULARY = 448

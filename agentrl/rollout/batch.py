@@ -1,0 +1,71 @@
+"""What a training step plays: groups, replacements for those that teach nothing, and what to report of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import fmean, pstdev
+
+from agentrl.config import RunConfig
+from agentrl.rollout.scheduler import Scheduler
+from agentrl.seeds import derive_seed
+from agentrl.tasks import TaskStream
+from agentrl.types import RolloutTree
+
+
+@dataclass(slots=True)
+class Batch:
+    """The rollouts of one step.
+
+    Attributes:
+        fresh: the trees of the first round, an unbiased sample of the policy; rewards are reported from these.
+        played: all trees, refills included.
+        informative: the trees to learn from.
+        refills: rounds of replacements played.
+    """
+
+    fresh: list[RolloutTree] = field(default_factory=list)
+    played: list[RolloutTree] = field(default_factory=list)
+    informative: list[RolloutTree] = field(default_factory=list)
+    refills: int = 0
+
+
+async def collect(scheduler: Scheduler, stream: TaskStream, config: RunConfig, step: int) -> Batch:
+    """Play ``rollout.prompts`` groups; with dynamic sampling (DAPO), replace those whose rewards are all equal."""
+    batch, wanted = Batch(), config.rollout.prompts
+    while True:
+        seed = derive_seed(config.seed, "rollout", step, batch.refills)
+        tasks = stream.take(wanted - len(batch.informative))
+        trees = await scheduler.play(tasks, group=config.rollout.group, seed=seed)
+        batch.fresh = batch.fresh or trees
+        batch.played += trees
+        if not config.algorithm.dynamic_sampling:
+            batch.informative = [tree for tree in trees if tree.rewards]
+            return batch
+        batch.informative += [tree for tree in trees if len(set(tree.rewards)) > 1]
+        if len(batch.informative) >= wanted or batch.refills >= config.algorithm.max_refills:
+            return batch
+        batch.refills += 1
+
+
+def rollout_metrics(batch: Batch) -> dict[str, float | None]:
+    """What a step's rollouts say, by TRL's names."""
+    leaves = [leaf for tree in batch.fresh for leaf in tree.leaves]
+    rewards = [leaf.reward for leaf in leaves if leaf.reward is not None]
+    spread = [pstdev(tree.rewards) for tree in batch.fresh if tree.rewards] or [0.0]
+    policy = [node for tree in batch.fresh for node in tree.nodes if node.author == "policy"]
+    calls = sum(leaf.metrics.get("tool_calls", 0.0) for leaf in leaves)
+    failed = sum(leaf.metrics.get("tool_failures", 0.0) for leaf in leaves)
+    entropies = [entropy for node in policy for entropy in node.entropies] or [0.0]
+    return {
+        "reward": fmean(rewards) if rewards else None,
+        "reward_std": fmean(spread),
+        "frac_reward_zero_std": fmean(float(s == 0) for s in spread),
+        "entropy": fmean(entropies),
+        "tools/call_frequency": calls / len(leaves),
+        "tools/failure_frequency": failed / max(calls, 1.0),
+        "completions/mean_length": sum(len(node.token_ids) for node in policy) / len(leaves),
+        "completions/clipped_ratio": fmean(float(leaf.outcome == "length") for leaf in leaves),
+        "rollout/failures": float(sum(not leaf.outcome.scored for leaf in leaves)),
+        "rollout/refills": float(batch.refills),
+        "rollout/groups": float(len(batch.informative)),
+    }
