@@ -109,7 +109,7 @@ COLUMNS = (
     Column("KL ref", 7, "{:.2g}", ("kl",)),
     Column("adv -/+", 8, "{:.1f}/{:.1f}", ("advantage/min", "advantage/max")),
     Column("sd", 4, "{:.2f}", ("advantage/std",)),
-    Column("groups", 6, "{:.0f}", ("rollout/groups",)),
+    Column("groups", 6, "{:.0f}", ("num_groups/effective",)),
     Column("leaves", 6, "{:.0f}", ("num_trajectories/effective",)),
     Column("gap", 5, "{:.0e}", ("sampling/sampling_logp_difference/mean",)),
 )
@@ -117,7 +117,7 @@ COLUMNS = (
 
 ``clip -/+``: share of tokens whose ratio was clipped from below and from above. ``KL step``: to the policy that
 sampled. ``KL ref``: to the reference policy, where there is a penalty. ``adv -/+`` and ``sd``: range and standard
-deviation of the advantages. ``groups`` and ``leaves``: what was learnt from, after all filters. ``gap``: the mean
+deviation of the advantages. ``groups`` and ``leaves``: with an advantage, after all filters. ``gap``: the mean
 difference between the log-probs of the sampler and the learner.
 """
 

@@ -37,10 +37,10 @@ from _bench import Row, Seconds, interleave, measure, parser, ratio, report, tin
 from torch import Tensor
 
 from agentrl.config import RunConfig, load_config
-from agentrl.learner._old_pack import target_logprobs
-from agentrl.learner.loss import aggregate, policy_loss
-from agentrl.learner._old_pack import Trajectory, pack
-from agentrl.learner.step import Learner
+from agentrl.learner.experience import Experience, experience
+from agentrl.learner.loss import Scores, aggregate, token_log_ratio
+from agentrl.learner.step import Learner, Prepared
+from agentrl.learner.surrogate import clip
 from agentrl.types import Leaf, Node, Outcome, RolloutTree, Task
 
 ANSWERS, GROUP, NEW = 64, 8, 64
@@ -48,6 +48,23 @@ STEPS = 3
 """Our steps in a turn, and TRL's, whose first one is a warm-up and not counted."""
 MICRO = {64: 64, 448: 16}
 """Rows of a micro-batch for TRL and the flat computation: what is fastest for them on a CPU."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One row.
+
+    Attributes:
+        token_ids: [T].
+        policy: [T] whether the policy wrote the token.
+        old_logprobs: [T], 0 where it did not.
+        advantage: of all its tokens.
+    """
+
+    token_ids: tuple[int, ...]
+    policy: tuple[bool, ...]
+    old_logprobs: tuple[float, ...]
+    advantage: float
 
 
 @dataclass(frozen=True)
@@ -112,9 +129,7 @@ def trajectory(prompt: list[int], answer: list[int], advantage: float) -> Trajec
 def on_policy(model: Any, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     """With the model's own log-probs as the old ones, as TRL has it in the first step after sampling."""
     learner = Learner(copy.deepcopy(model), settings())
-    batch = pack(trajectories)
-    with torch.no_grad():
-        found = target_logprobs(learner.model, batch)
+    found, _ = learner.score(learner.model, experience(trees_of(trajectories)))
     return [replace(t, old_logprobs=tuple(found[i, : len(t.token_ids)].tolist())) for i, t in enumerate(trajectories)]
 
 
@@ -154,8 +169,11 @@ class Flat:
         old = torch.tensor([t.old_logprobs[begin:] for t in rows])
         mask = torch.ones_like(logp, dtype=torch.bool)
         algorithm = self.config.algorithm
-        clip = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
-        per_token, _ = policy_loss(logp, old, torch.tensor([t.advantage for t in rows]), mask, **clip)
+        advantages = torch.tensor([t.advantage for t in rows])[:, None].expand_as(mask)
+        scores = Scores(logp, old, advantages, mask)
+        per_token, _ = clip(
+            token_log_ratio(logp, old, mask), scores, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high
+        )
         loss = aggregate(per_token, mask, "token-mean", denominator=tokens)
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
@@ -182,10 +200,18 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float,
     return total, max(off[name] / size[name] for name in ours)
 
 
+def given(learner: Learner, trajectories: Sequence[Trajectory]) -> Prepared:
+    """The batch with exactly the advantages of ``trajectories``."""
+    flat: Experience = experience(trees_of(trajectories))
+    prepared, _ = learner.prepare(flat)
+    advantages = torch.tensor([t.advantage for t in trajectories])[:, None] * flat.mask
+    return replace(prepared, scores=replace(prepared.scores, advantages=advantages))
+
+
 def equality(problem: Problem, flat: Flat, label: str) -> list[Row]:
     """Loss and gradients of the given advantages and log-probs, through ``Learner.accumulate``."""
     learner = Learner(copy.deepcopy(problem.model), problem.config)
-    metrics = learner.accumulate(problem.trajectories)
+    metrics = learner.accumulate(given(learner, problem.trajectories))
     torch.nn.utils.clip_grad_norm_(learner.model.parameters(), problem.config.train.max_grad_norm)
     ours = gradients(learner.model)
     sizes = [(abs(t.advantage), sum(t.policy)) for t in problem.trajectories]

@@ -35,7 +35,7 @@ ATTENTION = "agentrl_tree"
 """The name under which transformers finds this attention: ``model.set_attn_implementation(ATTENTION)``."""
 SQUARE = 128
 """Longest causal square, in tokens. Measured (benchmarks/learner.py): 64 pays for more calls, 256 for masked pairs."""
-FAMILY = 32
+FAMILY = 48
 """Most tokens of a family of small subtrees in one masked square: at this size a call costs what its pairs cost."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -41,6 +41,8 @@ class Critic(nn.Module):
         states = hidden_states(self, batch).index_select(0, batch.parent_index)
         values = self.head(states)[:, 0].float()
         if not len(values):
-            return torch.zeros(batch.mask.shape, device=batch.mask.device) + values.sum()
+            # On the graph nevertheless: of many processes, each has to make every backward pass.
+            nothing: Tensor = torch.zeros(batch.mask.shape, device=batch.mask.device) + values.sum()
+            return nothing
         spread: Tensor = values[batch.gather].masked_fill(~batch.mask, 0.0)
         return spread
