@@ -61,6 +61,7 @@ Correction = Literal[
     "none",
     "token_tis",
     "sequence_tis",
+    "geometric_tis",
     "token_mask",
     "sequence_mask",
     "geometric_mask",
@@ -106,6 +107,7 @@ class AlgorithmConfig(Section):
     )
     kl_reference: Literal["start", "old"] = Field("start", description="KL to the starting policy, or to the last one")
     kl_placement: Literal["loss", "reward"] = Field("loss", description="KL as a loss term, or taken off the rewards")
+    kl_importance: bool = Field(False, description="weigh the KL by the importance ratio: unbiased off policy")
     kl_target: float = Field(0.0, ge=0, description="nats a token; kl_coef then adapts to keep the KL there; 0: fixed")
     entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
     entropy_target: float = Field(0.0, ge=0, description="nats; entropy_coef then adapts to keep it; 0: fixed")

@@ -8,7 +8,7 @@ names a function of ``agentrl.learner`` whose docstring has formula, shapes, def
 key                  where its values are explained
 ===================  ====================================================================================
 ``estimator``        ``learner.advantage`` (one number per leaf), ``learner.credit`` (one per token)
-``ratio``            ``learner.surrogate.log_ratio``
+``ratio``            ``learner.loss.log_ratio``
 ``surrogate``        ``learner.surrogate``
 ``aggregation``      ``learner.loss.aggregate``
 ``kl_estimator``     ``learner.loss.kl_penalty``

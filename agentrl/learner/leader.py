@@ -154,7 +154,7 @@ def follow(learner: Learner) -> None:
         try:
             _obey(learner, function, None)
         except Exception as error:
-            if _publish(error) is error:
+            if _publish(error) is error and not isinstance(error, AgentRLError):  # whose message says it all
                 _LOG.exception("process %d failed", distributed.rank())
             with suppress(dist.DistStoreError):  # while this process lives, torchrun lets process 0 say what happened
                 distributed.store().wait([_STOPPED], timedelta(seconds=distributed.DEADLINE))

@@ -108,7 +108,8 @@ class Objective:
     @property
     def needs_current(self) -> bool:
         """Whether ``prepare`` reads the policy as it is at the start of an optimizer step."""
-        return self.surrogate.needs != () or self.needs_entropies or self.algorithm.opsm_delta > 0
+        selects = not {"selected", "baseline"}.isdisjoint(self.surrogate.needs)
+        return selects or self.needs_entropies or self.algorithm.opsm_delta > 0
 
     @property
     def needs_entropies(self) -> bool:
@@ -204,7 +205,9 @@ class Objective:
             moved = token_log_ratio(scores.logprobs, scores.old_logprobs, scores.mask)
             return moved.exp() - 1 - moved
         assert scores.ref_logprobs is not None
-        return kl_penalty(scores.logprobs, scores.ref_logprobs, self.algorithm.kl_estimator, mask=scores.mask)
+        a, mask = self.algorithm, scores.mask
+        ratio = token_log_ratio(scores.logprobs, scores.old_logprobs, mask) if a.kl_importance else None
+        return kl_penalty(scores.logprobs, scores.ref_logprobs, a.kl_estimator, mask=mask, log_ratio=ratio)
 
     def moved_kl(self, scores: Scores, logprobs: Tensor) -> float:
         """KL(old, new) in nats a token, for a policy with ``logprobs`` [L, T]."""

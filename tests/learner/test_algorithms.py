@@ -203,6 +203,16 @@ def test_the_kl_coefficient_adapts_and_is_resumed(make_model, trees):
     assert still.objective.kl.value == 0.5
 
 
+def test_the_kl_can_be_weighed_by_the_ratio(make_model, stale_trees):
+    choices = {"algorithm__name": "grpo", "algorithm__kl_coef": 0.5, "train__max_gap": 10.0}
+    other = make_model()
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1.1)
+    plain = Learner(make_model(), config(**choices), reference=other).step(stale_trees)["kl"]
+    weighed = Learner(make_model(), config(**choices, algorithm__kl_importance=True), reference=other).step(stale_trees)
+    assert weighed["kl"] != pytest.approx(plain, rel=1e-3)
+
+
 def test_a_small_spread_can_be_filtered(make_model, trees):
     close = [replace(t, leaves=tuple(replace(leaf, reward=leaf.reward * 0.01) for leaf in t.leaves)) for t in trees]
     learner = Learner(make_model(), config(algorithm__min_reward_std=0.05))

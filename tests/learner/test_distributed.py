@@ -68,10 +68,13 @@ class Tokenizer:
 # -- what torchrun runs -----------------------------------------------------------------------------------------------
 
 
-def main(folder):
+def main(folder, scenario):
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     distributed.start("cpu", deadline=60)
+    if scenario == "the leader fails":
+        lead_into_an_error()
+        return
     report = {"world": distributed.world_size()}
     for case in CASES:
         learn_and_resume(folder / case, case)
@@ -153,6 +156,22 @@ def fail(leader):
     return found
 
 
+def lead_into_an_error():
+    """Process 1 waits for process 0 in the middle of a command when that is over for it."""
+    learner = make_learner(make_model(), "all weights")
+    if distributed.rank() == 0:
+        with Leader(learner) as leader:
+            leader.run(break_in_the_first)
+    else:
+        follow(learner)
+
+
+def break_in_the_first(learner):
+    if distributed.rank() == 0:
+        raise NonFiniteError("the loss is nan")
+    learner.step(rollouts(3))
+
+
 def rank_of(learner):
     return distributed.rank()
 
@@ -177,17 +196,21 @@ def two(tmp_path_factory):
     learner.step(rollouts(1))
     (folder / "one").mkdir()
     save_checkpoint(folder / "one", learner, Tokenizer(), {"step": 1})
+    done = torchrun(folder, "everything")
+    assert done.returncode == 0, done.stderr[-6000:]
+    return folder
+
+
+def torchrun(folder, scenario):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run(
-        [*command, __file__, str(folder)],
+    return subprocess.run(
+        [*command, __file__, str(folder), scenario],
         capture_output=True,
         text=True,
         timeout=150,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return folder
 
 
 def alone(case):
@@ -276,6 +299,16 @@ def test_an_error_in_one_process_is_raised_by_the_leader(two):
     assert report["after"] == report["message"], "nothing more can be asked of a broken world"
 
 
+@needs_two
+def test_an_error_in_the_leader_ends_the_others(tmp_path):
+    began = time.monotonic()
+    done = torchrun(tmp_path, "the leader fails")
+    assert time.monotonic() - began < 50, "not the deadline of 60 s"
+    assert done.returncode != 0
+    assert "NonFiniteError: the loss is nan" in done.stderr
+    assert "process 0" not in done.stderr, "the follower repeats nothing"
+
+
 # -- a world of one ---------------------------------------------------------------------------------------------------
 
 
@@ -325,4 +358,4 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
