@@ -56,6 +56,7 @@ LAYERS = [
     {"train", "evaluate", "__init__"},
     {"run", "demo", "doctor"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The chat writer of sampler/openai is made into a scheduler where evaluate asks for it, and nowhere else.
