@@ -214,7 +214,7 @@ def _check(words: list[str]) -> None:
 def _keys(words: list[str]) -> None:
     Arguments(words, None, set(), configured=False)
     for key, default, meaning in describe_keys():
-        print(f"{key:<28}{default:<28}{meaning}")
+        print(f"{key:<31} {default:<28}{meaning}")
 
 
 def _algorithms(words: list[str]) -> None:

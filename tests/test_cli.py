@@ -66,7 +66,7 @@ def test_keys_and_names(agentrl):
             ["train", "arithmetic", "--train.lrr", "1"],
             "unknown configuration key 'train.lrr': did you mean 'train.lr'?",
         ),
-        (["train", "arithmetic", "--algorithm.name", "gpro"], "unknown algorithm 'gpro': did you mean 'grpo'?"),
+        (["train", "arithmetic", "--algorithm.name", "grpoo"], "unknown algorithm 'grpoo': did you mean 'grpo'?"),
         (["train", "arithmetic", "lr=3"], "unexpected argument 'lr=3'"),
         (["train", "arithmetic", "@", "none.toml"], "cannot read the configuration none.toml"),
         (["train", "arithmetic", "--json", "x"], "--json does not go with this command"),

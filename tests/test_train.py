@@ -138,7 +138,7 @@ def test_checkpoints_are_ordinary_policies(unbroken, tokenizer, policy_folder):
 def test_the_policy_learns_what_pays(config, tmp_path):
     """Calling the tool is rewarded, whatever the answer: the policy does it more often soon."""
     out = tmp_path / "run"
-    start(config(train__steps=10, train__lr=1e-3, rollout__prompts=8, rollout__group=8), out)
+    start(config(train__steps=18, train__lr=1e-3, rollout__prompts=8, rollout__group=8), out)
     rewards = [row["reward"] for row in read_metrics(out)]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
 

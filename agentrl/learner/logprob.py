@@ -133,8 +133,9 @@ def _disproof(model: Any) -> str | None:
     config = model.config.get_text_config()
     # Long enough for every way in which ``attention`` cuts a forest, where the model's positions allow it.
     size = min(40, getattr(config, "max_position_embeddings", 80) // 2)
-    text = torch.arange(3 * size) * 37 % config.vocab_size
-    rows = torch.stack([text[: 2 * size], torch.cat([text[:size], text[2 * size :]])])
+    text = torch.arange(2 * size) * 37
+    other = text + (torch.arange(2 * size) >= size)  # from the middle on, every token is another one
+    rows = torch.stack([text, other]) % config.vocab_size
     batch = pack(rows, torch.full((2,), 2 * size), torch.ones_like(rows, dtype=torch.bool), model.device)
     try:
         with _as_found(model), torch.no_grad():

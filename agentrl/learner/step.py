@@ -360,11 +360,13 @@ def _deal(group: Tensor, parts: int) -> list[Tensor]:
 
 
 def _combine(history: Sequence[Metrics]) -> Metrics:
-    """Metrics of several updates as one: token counts add up, the rest is averaged."""
+    """Metrics of several updates as one: token counts add up, the gap is the first's, the rest is averaged."""
     keys = {key for metrics in history for key in metrics}
     combined = {}
     for key in keys:
         values = [m[key] for m in history if key in m]
+        if key.startswith(GAP):  # after the first update the policy is meant to differ from the one that sampled
+            values = values[:1]
         combined[key] = sum(values) if key.startswith("num_tokens/") else sum(values) / len(values)
     return combined
 
