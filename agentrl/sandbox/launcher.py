@@ -43,6 +43,7 @@ class ZygoteHandle:
     def __init__(self, control: socket.socket, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
         self._control, self._process, self._log = control, process, log
         self._hearers: dict[int, Hearer] = {}
+        self._words = ""
 
     @classmethod
     async def start(cls, packages: Sequence[str], preload: Iterable[str], *, watching: bool) -> ZygoteHandle:
@@ -136,8 +137,10 @@ class ZygoteHandle:
 
     def last_words(self) -> str:
         """What it wrote to its standard error, cut to the end."""
-        self._log.seek(0)
-        return self._log.read().decode("utf-8", "replace")[-4000:].strip() or "It said nothing."
+        if not self._log.closed:
+            self._log.seek(0)
+            self._words = self._log.read().decode("utf-8", "replace")[-4000:].strip()
+        return self._words or "It said nothing."
 
     async def stop(self) -> None:
         """End it and every session; returns when no process is left."""
@@ -152,6 +155,7 @@ class ZygoteHandle:
         finally:
             self._process.kill()
             self._process.wait()
+            self.last_words()  # a session that still holds this handle may ask for them
             self._log.close()
 
 

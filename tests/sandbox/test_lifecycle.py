@@ -5,6 +5,7 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ import pytest
 
 from agentrl.errors import SandboxError, UserError
 from agentrl.sandbox import ExecStatus, LocalSandbox, Profile
+from agentrl.sandbox.launcher import ZygoteHandle
 
 DAEMON = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)"
 """Leaves a process behind that has nothing to do with its parent any more."""
@@ -259,3 +261,13 @@ async def test_a_copy_of_the_managers_descriptor_does_not_keep_a_session_alive(p
         await session.close()
         assert len(processes()) == before - 1
         os.close(copy)
+
+
+async def test_a_zygote_that_was_stopped_refuses_by_type_and_still_has_its_last_words():
+    """A session may hold the handle of a zygote that another one found dead and put away."""
+    zygote = await ZygoteHandle.start((), (), watching=False)
+    zygote._log.write(b"goodbye")
+    await zygote.stop()
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(SandboxError, match="cannot be reached.*goodbye"):
+        zygote.ask(theirs, {"name": 1}, lambda news: None)
