@@ -269,5 +269,5 @@ async def test_a_zygote_that_was_stopped_refuses_by_type_and_still_has_its_last_
     zygote._log.write(b"goodbye")
     await zygote.stop()
     ours, theirs = socket.socketpair()
-    with ours, theirs, pytest.raises(SandboxError, match="cannot be reached.*goodbye"):
+    with ours, theirs, pytest.raises(SandboxError, match=r"cannot be reached.*goodbye"):
         zygote.ask(theirs, {"name": 1}, lambda news: None)
