@@ -12,8 +12,8 @@ from agentrl import registry
 from agentrl.config import RunConfig
 from agentrl.errors import ConfigError, UserError
 from agentrl.renderer import Renderer
-from agentrl.rollout.episode import TokenWriter, Writer
 from agentrl.rollout.scheduler import Scheduler
+from agentrl.rollout.writer import TokenWriter, Writer
 from agentrl.sampler.hf import HFSampler
 from agentrl.sandbox.shared import close_shared_sandboxes, use_sandbox
 from agentrl.types import SamplingParams

@@ -154,9 +154,17 @@ class RolloutConfig(Section):
 
     prompts: int = Field(32, ge=1, description="tasks per step")
     group: int = Field(8, ge=1, description="trajectories per task (G)")
+    policy: Literal["group", "entropy_tree", "expand_tree", "random_tree"] = Field(
+        "group", description="where trajectories branch"
+    )
+    policy_options: dict[str, Any] = Field(default_factory=dict, description="options of the policy; docs/rollouts.md")
+    task_budget: dict[str, float] = Field(default_factory=dict, description="most tokens, calls, seconds of a task")
+    step_budget: dict[str, float] = Field(default_factory=dict, description="the same, of a whole step")
     max_tokens: int = Field(256, ge=1, description="policy tokens per trajectory")
     max_live: int = Field(512, ge=1, description="episodes in flight at once")
+    max_calls: int = Field(512, ge=1, description="tool calls at work at once")
     deadline: float = Field(120.0, gt=0, description="seconds per episode")
+    stall: float = Field(30.0, gt=0, description="seconds in one place after which a trajectory is reported as stuck")
     retries: int = Field(1, ge=0, description="new attempts at a trajectory whose environment failed")
     max_failures: float = Field(0.2, ge=0, le=1, description="share of failed episodes in a step that stops the run")
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from agentrl.errors import NonFiniteError, TaskError
-from agentrl.types import Leaf, Message, Node, Outcome, RolloutTree, StopReason, Task, ToolCall, ToolResult
+from agentrl.types import Decision, Leaf, Message, Node, Outcome, RolloutTree, StopReason, Task, ToolCall, ToolResult
 
 
 def dump_tree(tree: RolloutTree) -> str:
@@ -53,6 +54,10 @@ def tree_to_json(tree: RolloutTree) -> dict[str, Any]:
         "top_p": tree.top_p,
         "nodes": [_node_to_json(node) for node in tree.nodes],
         "leaves": [_leaf_to_json(leaf) for leaf in tree.leaves],
+        "seed": tree.seed,
+        "copy": tree.copy,
+        "decisions": [asdict(decision) for decision in tree.decisions],
+        "spent": dict(tree.spent),
     }
 
 
@@ -67,9 +72,16 @@ def tree_from_json(data: Mapping[str, Any]) -> RolloutTree:
             metadata=task["metadata"],
         ),
         nodes=tuple(_node_from_json(node) for node in data["nodes"]),
-        leaves=tuple(Leaf(**{**leaf, "outcome": Outcome(leaf["outcome"])}) for leaf in data["leaves"]),
+        leaves=tuple(
+            Leaf(**{**leaf, "outcome": Outcome(leaf["outcome"]), "name": tuple(leaf["name"])})
+            for leaf in data["leaves"]
+        ),
         temperature=data["temperature"],
         top_p=data["top_p"],
+        seed=data["seed"],
+        copy=data["copy"],
+        decisions=tuple(Decision(**{**each, "name": tuple(each["name"])}) for each in data["decisions"]),
+        spent=data["spent"],
     )
 
 
@@ -113,6 +125,7 @@ def _leaf_to_json(leaf: Leaf) -> dict[str, Any]:
         "error": leaf.error,
         "seconds": leaf.seconds,
         "metrics": dict(leaf.metrics),
+        "name": list(leaf.name),
     }
 
 

@@ -43,11 +43,18 @@ class Outcome(StrEnum):
     """The environment, a tool's infrastructure or the reward function failed. Not the policy's fault."""
     TIMEOUT = "timeout"
     """The episode's deadline passed. Not scored."""
+    BUDGET = "budget"
+    """The budget of the task or of the step was spent. Not scored, and no failure either."""
 
     @property
     def scored(self) -> bool:
         """Whether a reward of this outcome says something about the policy."""
-        return self not in (Outcome.ENV_FAILURE, Outcome.TIMEOUT)
+        return self is not Outcome.BUDGET and not self.failed
+
+    @property
+    def failed(self) -> bool:
+        """Whether the infrastructure is to blame."""
+        return self in (Outcome.ENV_FAILURE, Outcome.TIMEOUT)
 
 
 class ForkLevel(StrEnum):
@@ -259,13 +266,14 @@ class Leaf:
     """The end of one trajectory.
 
     Attributes:
-        node: index of its last node.
+        node: index of its last node; -1 where it failed before the prompt.
         reward: a finite float, or None where the outcome is not scored.
         outcome: how it ended.
-        seed: the seed that its samples were drawn from.
+        seed: the seed that its samples were drawn from since its last fork.
         error: traceback of an environment failure, else None.
         seconds: wall time of the trajectory.
         metrics: counts by name (turns, tool calls, failed calls).
+        name: the number of its root, then the turn of each fork on its way (and, in ``expand_tree``, of the draw).
     """
 
     node: int
@@ -275,17 +283,58 @@ class Leaf:
     error: str | None = None
     seconds: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
+    name: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Whether a trajectory branched at a tool result.
+
+    Attributes:
+        name: the trajectory that was asked.
+        turn: the policy turns before this point.
+        signal: how much less certain the policy was than in its first turn; None where the policy does not look.
+        draw: the random number that the signal was held against; None where the rule has none.
+        wanted: what the rule said.
+        granted: whether a sibling began here.
+        reason: why not, where it was wanted: the budget, or what refused the fork.
+    """
+
+    name: tuple[int, ...]
+    turn: int
+    signal: float | None
+    draw: float | None
+    wanted: bool
+    granted: bool
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutTree:
-    """All trajectories of one task: a GRPO group is a tree whose root is the prompt. A path to a leaf is one."""
+    """All trajectories of one task: a GRPO group is a tree whose root is the prompt. A path to a leaf is one.
+
+    Attributes:
+        task: what was played.
+        nodes: parents before their children.
+        leaves: in the order of their names.
+        temperature: of all samples.
+        top_p: of all samples.
+        seed: what all seeds of the tree derive from, with the task's id, ``copy`` and the names of the leaves.
+        copy: the how-many-eth tree of this task in its step, from 1.
+        decisions: every branching decision, in the order of name and turn.
+        spent: what it cost, by name: generated ``tokens``, tool ``calls``, ``seconds``, ``roots``, ``branches``, and
+            what was dropped. A token that several leaves share was generated once and is counted once.
+    """
 
     task: Task
     nodes: tuple[Node, ...]
     leaves: tuple[Leaf, ...]
     temperature: float = 1.0
     top_p: float = 1.0
+    seed: int = 0
+    copy: int = 1
+    decisions: tuple[Decision, ...] = ()
+    spent: Mapping[str, float] = field(default_factory=dict)
 
     def path(self, leaf: Leaf) -> list[Node]:
         """The nodes from the root to ``leaf``."""

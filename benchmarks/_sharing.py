@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -238,11 +237,11 @@ def draw(points: list[tuple[float, float]], path: Path) -> None:
         figure.savefig(path, format="png")
 
 
-def _resident() -> float:
-    """MiB of this process now."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+def _status(name: str) -> float:
+    """MiB of this process: VmRSS now, VmHWM at most. (``ru_maxrss`` would begin with the parent's.)"""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
-        sys.exit("memory is read from /proc/self/status, which has no VmRSS here: run this on Linux")
+        sys.exit(f"memory is read from /proc/self/status, which has no {name} here: run this on Linux")
     return int(found[1]) / 1024
 
 
@@ -255,9 +254,9 @@ def main() -> int:
     else:
         work = Update(small_model(), next(c for c in CASES if c.name == case[0]), tree=way == "tree")
     small_model(8)  # imports what transformers imports lazily
-    before = _resident()
+    before = _status("VmRSS")
     work()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+    print(_status("VmHWM") - before)
     return 0
 
 

@@ -19,6 +19,7 @@ from agentrl.config import load_config
 from agentrl.errors import NonFiniteError, RunFolderError, SamplerError, TaskError, TooManyFailures, UserError
 from agentrl.learner.step import Learner
 from agentrl.rollout.batch import collect
+from agentrl.rollout.budget import Budget, Caps
 from agentrl.run import dry_run, run_train
 from agentrl.sampler.hf import HFSampler
 from agentrl.tasks import TaskStream
@@ -330,8 +331,13 @@ class Groups:
 
     def __init__(self, *rounds):
         self.rounds, self.asked = list(rounds), []
+        self.budget = Budget(Caps())
 
-    async def play(self, tasks, *, group, seed):
+    def step_budget(self):
+        return self.budget
+
+    async def grow(self, tasks, *, seed, budget):
+        assert budget is self.budget, "one for all rounds of a step"
         self.asked.append((len(tasks), seed))
         rewards = self.rounds.pop(0)
         assert len(rewards) == len(tasks)

@@ -93,7 +93,7 @@ def test_a_tree_comes_back_as_it_was(tree: RolloutTree) -> None:
 
 def test_the_fields_have_the_names_of_the_records() -> None:
     data = json.loads(dump_tree(example()))
-    assert set(data) == {"task", "nodes", "leaves", "temperature", "top_p"}
+    assert set(data) == set(RolloutTree.__dataclass_fields__)
     for row, record in ((data["nodes"][0], Node), (data["leaves"][0], Leaf), (data["task"], Task)):
         assert set(row) == set(record.__dataclass_fields__)
     assert data["leaves"][0]["reward"] is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 
@@ -10,6 +11,9 @@ from agentrl.rollout.scheduler import Scheduler
 from agentrl.seeds import derive_seed
 from agentrl.tasks import TaskStream
 from agentrl.types import RolloutTree
+
+SPENT = ("tokens", "calls", "roots", "branches", "forks_failed", "dropped", "pruned", "retried")
+"""What the trees count, see ``RolloutTree.spent``; their seconds pass at the same time and are not added up."""
 
 
 @dataclass(slots=True)
@@ -30,25 +34,28 @@ class Batch:
 
 
 async def collect(scheduler: Scheduler, stream: TaskStream, config: RunConfig, step: int) -> Batch:
-    """Play ``rollout.prompts`` groups; with dynamic sampling (DAPO), replace those whose rewards are all equal."""
-    batch, wanted = Batch(), config.rollout.prompts
+    """Grow ``rollout.prompts`` trees; with dynamic sampling (DAPO), replace those whose rewards are all equal.
+
+    Replacements are paid for by the same step's budget, and none is played once it is spent.
+    """
+    batch, wanted, budget = Batch(), config.rollout.prompts, scheduler.step_budget()
     while True:
         seed = derive_seed(config.seed, "rollout", step, batch.refills)
         tasks = stream.take(wanted - len(batch.informative))
-        trees = await scheduler.play(tasks, group=config.rollout.group, seed=seed)
+        trees = await scheduler.grow(tasks, seed=seed, budget=budget)
         batch.fresh = batch.fresh or trees
         batch.played += trees
         if not config.algorithm.dynamic_sampling:
             batch.informative = [tree for tree in trees if tree.rewards]
             return batch
         batch.informative += [tree for tree in trees if len(set(tree.rewards)) > 1]
-        if len(batch.informative) >= wanted or batch.refills >= config.algorithm.max_refills:
+        if len(batch.informative) >= wanted or batch.refills >= config.algorithm.max_refills or budget.exhausted:
             return batch
         batch.refills += 1
 
 
 def rollout_metrics(batch: Batch) -> dict[str, float | None]:
-    """What a step's rollouts say, by TRL's names."""
+    """What a step's rollouts say, by TRL's names; ``spent/`` is what all of them cost, refills included."""
     leaves = [leaf for tree in batch.fresh for leaf in tree.leaves]
     rewards = [leaf.reward for leaf in leaves if leaf.reward is not None]
     spread = [pstdev(tree.rewards) for tree in batch.fresh if tree.rewards] or [0.0]
@@ -56,16 +63,23 @@ def rollout_metrics(batch: Batch) -> dict[str, float | None]:
     calls = sum(leaf.metrics.get("tool_calls", 0.0) for leaf in leaves)
     failed = sum(leaf.metrics.get("tool_failures", 0.0) for leaf in leaves)
     entropies = [entropy for node in policy for entropy in node.entropies] or [0.0]
+    spent: Counter[str] = Counter()
+    for tree in batch.played:
+        spent.update(tree.spent)
+    count = max(len(leaves), 1)
     return {
         "reward": fmean(rewards) if rewards else None,
         "reward_std": fmean(spread),
         "frac_reward_zero_std": fmean(float(s == 0) for s in spread),
         "entropy": fmean(entropies),
-        "tools/call_frequency": calls / len(leaves),
+        "tools/call_frequency": calls / count,
         "tools/failure_frequency": failed / max(calls, 1.0),
-        "completions/mean_length": sum(len(node.token_ids) for node in policy) / len(leaves),
-        "completions/clipped_ratio": fmean(float(leaf.outcome == "length") for leaf in leaves),
-        "rollout/failures": float(sum(not leaf.outcome.scored for leaf in leaves)),
+        "completions/mean_length": sum(len(node.token_ids) for node in policy) / count,
+        "completions/clipped_ratio": sum(leaf.outcome == "length" for leaf in leaves) / count,
+        "rollout/failures": float(sum(leaf.outcome.failed for leaf in leaves)),
+        "rollout/over_budget": float(sum(leaf.outcome == "budget" for leaf in leaves)),
         "rollout/refills": float(batch.refills),
         "rollout/groups": float(len(batch.informative)),
+        "rollout/leaves": float(sum(len(tree.leaves) for tree in batch.played)),
+        **{f"spent/{name}": spent[name] for name in SPENT},
     }

@@ -1,26 +1,23 @@
-"""One episode: a writer takes turns with an environment until the environment says that it is over.
+"""One trajectory: a writer takes turns with an environment until the environment says that it is over.
 
-The loop does not know who writes. ``TokenWriter`` samples token ids and keeps them exactly as sampled;
-``sampler.openai.ChatWriter`` asks a chat server and has text only.
+The loop knows neither who writes nor who looks on; a branch goes on in the middle of an episode, with an environment
+and a writer that were forked there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from agentrl.env import Env
 from agentrl.errors import DeadlineExceeded, IsolationUnavailable, RewardError, SamplerError, UserError
-from agentrl.renderer import Renderer
-from agentrl.sampler.base import Sampler
-from agentrl.seeds import derive_seed
-from agentrl.types import Leaf, Message, Node, Outcome, SamplingParams, StepResult, StopReason, Task
+from agentrl.rollout.writer import Watch, Writer
+from agentrl.types import Leaf, Message, Node, Outcome, StepResult, StopReason, Task
 
 CLOSING = 30.0
 """Seconds that an environment may take to close; not part of the episode's deadline."""
@@ -28,105 +25,86 @@ CLOSING = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """A finished episode: its nodes form a chain (the first is the prompt), the leaf ends it."""
+    """A finished trajectory: its nodes form a chain (the first is the prompt), the leaf ends it."""
 
     nodes: tuple[Node, ...]
     leaf: Leaf
 
 
-class Writer(Protocol):
-    """Writes the assistant's turns of one episode and keeps the nodes."""
+@dataclass(slots=True)
+class Progress:
+    """How far a trajectory got, readable while it is played and after a failure.
 
-    nodes: list[Node]
-
-    def begin(self, opening: Sequence[Message], tools: Sequence[dict[str, Any]]) -> None:
-        """Take the opening messages."""
-        ...
-
-    async def write(self) -> tuple[Message, StopReason]:
-        """The next assistant message; ``LENGTH`` where a budget cut it or left no room for it."""
-        ...
-
-    def read(self, step: StepResult) -> None:
-        """Take the environment's new messages."""
-        ...
-
-
-class TokenWriter:
-    """Samples turns as token ids; what was sampled is never decoded and encoded again.
-
-    Args:
-        sampler: where tokens come from.
-        renderer: how messages become ids and ids messages.
-        params: temperature and top-p; ``max_tokens`` is the budget of the whole episode.
-        seed: every turn's random numbers derive from it.
+    Attributes:
+        stage: what it waits for.
+        since: when that began, of ``time.perf_counter``.
+        action: the message that the environment is at work on.
+        turns: policy turns so far.
+        reward: the sum of the rewards so far.
+        calls: tool calls so far.
+        failures: of these, how many went wrong, by kind.
     """
 
-    def __init__(self, sampler: Sampler, renderer: Renderer, params: SamplingParams, seed: int) -> None:
-        self.nodes: list[Node] = []
-        self._sampler, self._renderer, self._params, self._seed = sampler, renderer, params, seed
-        self._ids: list[int] = []
-        self._left = params.max_tokens
-        self._turn = 0
+    stage: str = "reset"
+    since: float = field(default_factory=time.perf_counter)
+    action: Message | None = None
+    turns: int = 0
+    reward: float = 0.0
+    calls: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
 
-    def begin(self, opening: Sequence[Message], tools: Sequence[dict[str, Any]]) -> None:
-        """Render the prompt."""
-        self._tools = tools
-        self._stops = self._renderer.stop_strings(tools)
-        self._add(Node(-1, "prompt", self._renderer.prompt(opening, tools), messages=tuple(opening)))
+    def enter(self, stage: str, action: Message | None = None) -> None:
+        """Begin to wait for something else."""
+        self.stage, self.action, self.since = stage, action, time.perf_counter()
 
-    async def write(self) -> tuple[Message, StopReason]:
-        """Sample one turn."""
-        room = min(self._left, self._sampler.max_length - len(self._ids))
-        if room < 1:
-            return Message("assistant", ""), StopReason.LENGTH
-        params = SamplingParams(
-            room,
-            self._params.temperature,
-            self._params.top_p,
-            self._renderer.stop_ids,
-            self._stops,
-            derive_seed(self._seed, self._turn),
-        )
-        done = await self._sampler.sample(self._ids, params)
-        message = self._renderer.parse(done.token_ids, self._tools, self._turn)
-        self._left -= len(done.token_ids)
-        self._turn += 1
-        self._add(
-            Node(
-                len(self.nodes) - 1,
-                "policy",
-                done.token_ids,
-                done.logprobs,
-                done.entropies,
-                done.policy_version,
-                (message,),
-                stop_reason=done.stop_reason,
-            )
-        )
-        return message, done.stop_reason
+    def fork(self) -> Progress:
+        """The progress of a sibling from here on."""
+        twin = copy.copy(self)
+        twin.failures = self.failures.copy()
+        twin.enter("waiting for its turn")
+        return twin
 
-    def read(self, step: StepResult) -> None:
-        """Render only the new messages."""
-        ids = self._renderer.continuation(step.observation)
-        results = tuple(step.info.get("tool_results", ()))
-        messages = tuple(step.observation)
-        self._add(Node(len(self.nodes) - 1, "tool", ids, messages=messages, tool_results=results))
+    def where(self) -> str:
+        """The stage, with the calls that ``env.step`` is at work on."""
+        if self.action is None:
+            return self.stage
+        return f"{self.stage} ({', '.join(c.name or 'malformed call' for c in self.action.tool_calls) or 'answer'})"
 
-    def _add(self, node: Node) -> None:
-        self.nodes.append(node)
-        self._ids.extend(node.token_ids)
+    def count(self, step: StepResult) -> None:
+        """Note what a step did."""
+        self.reward += step.reward
+        for result in step.info.get("tool_results", ()):
+            self.calls += 1
+            if result.error is not None:
+                self.failures[result.error] += 1
+
+    def metrics(self) -> dict[str, float]:
+        """For the leaf."""
+        kinds = {f"tool_failures/{kind}": float(n) for kind, n in sorted(self.failures.items())}
+        total = float(self.failures.total())
+        return {"turns": float(self.turns), "tool_calls": float(self.calls), "tool_failures": total, **kinds}
 
 
-async def play(env: Env, task: Task, writer: Writer, *, seed: int, deadline: float) -> Played:
-    """Play one episode to its end. Whatever the environment does wrong becomes the leaf's outcome.
+async def play(
+    env: Env,
+    task: Task,
+    writer: Writer,
+    *,
+    seed: int,
+    deadline: float,
+    watch: Watch | None = None,
+    progress: Progress | None = None,
+) -> Played:
+    """Play a trajectory to its end. Whatever the environment does wrong becomes the leaf's outcome.
 
     Args:
-        env: a fresh environment; closed on return.
+        env: a fresh environment, or a fork of a live one; closed on return.
         task: what to play.
-        writer: who plays.
+        writer: who plays; where it has nodes, it goes on in ``env``, which is not reset.
         seed: of the environment and its tools.
-        deadline: seconds for the whole episode.
+        deadline: seconds for all of it.
+        watch: who looks on.
+        progress: to be kept up to date; that of the episode so far where the trajectory is a branch.
 
     Raises:
         SamplerError: the sampler failed; no episode can be played.
@@ -134,17 +112,17 @@ async def play(env: Env, task: Task, writer: Writer, *, seed: int, deadline: flo
         IsolationUnavailable: no sandbox can be had on this machine.
     """
     began = time.perf_counter()
-    progress = _Progress()
+    progress = progress or Progress()
     error: str | None = None
     outcome: Outcome = Outcome.ENV_FAILURE
     reward: float | None = None
     try:
         async with asyncio.timeout(deadline) as timer:
-            outcome, reward = await _turns(env, task, writer, seed, progress)
+            outcome, reward = await _turns(env, task, writer, seed, progress, watch or Watch())
     except (SamplerError, UserError, IsolationUnavailable):
         raise
     except TimeoutError as failure:
-        error = _trace(failure)
+        error = describe(failure)
         if timer.expired():
             outcome = Outcome.TIMEOUT
             error = (
@@ -152,9 +130,9 @@ async def play(env: Env, task: Task, writer: Writer, *, seed: int, deadline: flo
                 f"it was stuck in {progress.where()} of turn {progress.turns}."
             )
     except Exception as failure:
-        error = _trace(failure)
+        error = describe(failure)
     finally:
-        unclosed = await _close(env)
+        unclosed = await close(env)
     if unclosed is not None and error is None:
         outcome, reward, error = Outcome.ENV_FAILURE, None, unclosed
     seconds = time.perf_counter() - began
@@ -164,65 +142,54 @@ async def play(env: Env, task: Task, writer: Writer, *, seed: int, deadline: flo
     )
 
 
-@dataclass(slots=True)
-class _Progress:
-    """How far an episode got, readable after a failure."""
-
-    stage: str = "reset"
-    action: Message | None = None
-    turns: int = 0
-    calls: int = 0
-    failures: Counter[str] = field(default_factory=Counter)
-
-    def where(self) -> str:
-        """The stage, with the calls that ``env.step`` is at work on."""
-        if self.action is None:
-            return self.stage
-        return f"{self.stage} ({', '.join(c.name or 'malformed call' for c in self.action.tool_calls) or 'answer'})"
-
-    def count(self, step: StepResult) -> None:
-        for result in step.info.get("tool_results", ()):
-            self.calls += 1
-            if result.error is not None:
-                self.failures[result.error] += 1
-
-    def metrics(self) -> dict[str, float]:
-        kinds = {f"tool_failures/{kind}": float(n) for kind, n in sorted(self.failures.items())}
-        total = float(self.failures.total())
-        return {"turns": float(self.turns), "tool_calls": float(self.calls), "tool_failures": total, **kinds}
-
-
-async def _close(env: Env) -> str | None:
+async def close(env: Env) -> str | None:
     """Close ``env``; what went wrong, if anything did."""
     try:
         async with asyncio.timeout(CLOSING):
             await env.close()
     except Exception as failure:  # whatever it is, it must not reach the other episodes
-        return _trace(failure)
+        return describe(failure)
     return None
 
 
-async def _turns(env: Env, task: Task, writer: Writer, seed: int, progress: _Progress) -> tuple[Outcome, float | None]:
-    opening, info = await env.reset(seed=seed, options={"task": task})
-    writer.begin(opening, info.get("tools", ()))
-    total = 0.0
+def describe(failure: BaseException) -> str:
+    """A failure with its traceback."""
+    return "".join(traceback.format_exception(failure))
+
+
+async def _turns(
+    env: Env, task: Task, writer: Writer, seed: int, progress: Progress, watch: Watch
+) -> tuple[Outcome, float | None]:
+    if not writer.nodes:
+        progress.enter("reset")
+        opening, info = await env.reset(seed=seed, options={"task": task})
+        writer.begin(opening, info.get("tools", ()))
+        progress.enter("a fork of its state")
+        await watch.opened()
     while True:
-        progress.stage, progress.action = "sampling", None
-        message, reason = await writer.write()
+        progress.enter("sampling")
+        message, reason = await writer.write(watch)
         progress.turns += 1
-        progress.stage, progress.action = "env.step", message
-        cut = reason is StopReason.LENGTH
-        step = await (env.truncate(message, Outcome.LENGTH) if cut else env.step(message))
-        total += step.reward
+        progress.enter("a place for its tool calls", message)
+        async with watch.stepping(len(message.tool_calls)):
+            progress.enter("env.step", message)
+            step = await _step(env, message, reason, watch)
         progress.count(step)
         if step.terminated or step.truncated:
-            if not math.isfinite(total):
+            if not math.isfinite(progress.reward):
                 raise RewardError(f"{type(env).__name__}.step gave a reward of {step.reward!r} on task {task.id}.")
             default = Outcome.ANSWERED if step.terminated else Outcome.TURN_LIMIT
             outcome = Outcome(step.info.get("outcome", default))
-            return outcome, total if outcome.scored else None
+            return outcome, progress.reward if outcome.scored else None
         writer.read(step)
+        progress.enter("a fork of its state")
+        await watch.observed()
 
 
-def _trace(failure: BaseException) -> str:
-    return "".join(traceback.format_exception(failure))
+async def _step(env: Env, message: Message, reason: StopReason, watch: Watch) -> StepResult:
+    """Give ``message`` to the environment, or end the episode where a budget does."""
+    if reason is StopReason.LENGTH:
+        return await env.truncate(message, Outcome.LENGTH if watch.spend(0) else Outcome.BUDGET)
+    if not watch.may_call(len(message.tool_calls)):
+        return await env.truncate(message, Outcome.BUDGET)
+    return await env.step(message)

@@ -1,34 +1,48 @@
-"""Plays many episodes at once, within limits, and gathers them into trees in a fixed order.
+"""Plays many trajectories at once, within limits, and gathers them into trees in a fixed order.
 
-Every episode is its own coroutine; the sampler batches whatever is in flight, so no episode waits for the slowest of a
-wave. Results come back in the order of the tasks, whatever order they finished in: a run is reproducible.
+Every trajectory is its own coroutine; the sampler batches whatever is in flight, so none waits for the slowest of a
+wave. Results come back in the order of the tasks, whatever order they finished in.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from pydantic import ValidationError
 
 from agentrl.config import RolloutConfig
 from agentrl.env import Env
-from agentrl.errors import AgentRLError, TooManyFailures
-from agentrl.rollout.episode import Played, Writer, play
-from agentrl.seeds import derive_seed
-from agentrl.types import Leaf, Node, RolloutTree, SamplingParams, Task
+from agentrl.errors import ConfigError, TooManyFailures
+from agentrl.rollout.budget import Budget, Caps
+from agentrl.rollout.episode import Progress as EpisodeProgress
+from agentrl.rollout.gate import Gate
+from agentrl.rollout.policies import Group, Policy, make_policy
+from agentrl.rollout.tree import Grants, Ground, Name, Tree
+from agentrl.rollout.writer import Writer
+from agentrl.types import ForkLevel, Leaf, RolloutTree, SamplingParams, Task
 
 Progress = Callable[[Leaf], None]
+_LOG = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Plays groups of episodes.
+    """Grows rollout trees.
 
     Args:
-        make_env: a new environment per episode.
-        make_writer: a new writer per episode, from its seed.
-        limits: how many at once, deadlines, retries and the share of failures that is tolerated.
-        params: what the episodes are sampled with; recorded in the trees.
+        make_env: a new environment per root.
+        make_writer: a new writer per root, from its seed.
+        limits: the branching policy, budgets, how much at once, deadlines, retries, tolerated failures.
+        params: what is sampled with; recorded in the trees.
+
+    Raises:
+        UnknownName: no such policy, or no such option of it.
+        ConfigError: options or budgets that cannot be met.
     """
 
     def __init__(
@@ -40,73 +54,171 @@ class Scheduler:
     ) -> None:
         self._make_env, self._make_writer = make_env, make_writer
         self._limits, self._params = limits, params
-        self._live = asyncio.Semaphore(limits.max_live)
+        self._live, self._calls = Gate(limits.max_live), Gate(limits.max_calls)
+        self._playing: dict[tuple[str, int, Name], EpisodeProgress] = {}
+        self.policy = make_policy(limits.policy, limits.policy_options, limits.group, limits.max_tokens)
+        self._task_caps = _caps("rollout.task_budget", limits.task_budget)
+        self._step_caps = _caps("rollout.step_budget", limits.step_budget)
 
     async def play(
         self, tasks: Sequence[Task], *, group: int, seed: int, progress: Progress | None = None
     ) -> list[RolloutTree]:
-        """One tree of ``group`` chains per task, in the order of ``tasks``.
+        """One group of ``group`` trajectories per task, in the order of ``tasks``: what evaluation needs.
 
         Args:
             tasks: what to play.
-            group: episodes per task.
-            seed: every episode's seed derives from it, the task's id and the episode's number.
+            group: trajectories per task.
+            seed: every trajectory's seed derives from it, the task's id and the trajectory's number.
             progress: called with each leaf as it ends.
 
         Raises:
             TooManyFailures: more than ``max_failures`` of the episodes failed for reasons that are not the policy's.
         """
-        copies: Counter[str] = Counter()
-        groups: list[list[asyncio.Task[Played]]] = []
-        try:
+        return await self._grow(tasks, Group(), group, seed, Budget(Caps()), Caps(), progress)
+
+    def step_budget(self) -> Budget:
+        """A fresh ``rollout.step_budget``; its clock starts now."""
+        return Budget(self._step_caps)
+
+    async def grow(
+        self, tasks: Sequence[Task], *, seed: int, budget: Budget | None = None, progress: Progress | None = None
+    ) -> list[RolloutTree]:
+        """One tree per task by ``rollout.policy``, of ``rollout.group`` leaves, within the budgets; see ``play``.
+
+        Args:
+            tasks: what to play.
+            seed: what all seeds derive from.
+            budget: of the step, where this is not all of it; default: a fresh one.
+            progress: called with each leaf as it ends.
+
+        Raises:
+            ConfigError: the policy forks, and the environment or the sampler cannot.
+            TooManyFailures: as in ``play``.
+        """
+        self._check_forks()
+        budget = budget or self.step_budget()
+        return await self._grow(tasks, self.policy, self._limits.group, seed, budget, self._task_caps, progress)
+
+    async def regrow(self, tree: RolloutTree, grants: Grants, roots: int) -> RolloutTree:
+        """``tree`` again, from its seeds, by ``rollout.policy``: branches begin where ``grants`` says that they did.
+
+        Args:
+            tree: what was recorded.
+            grants: by the name and turn of every decision.
+            roots: trajectories that began from the prompt.
+        """
+        again = Tree(
+            self._ground(None),
+            tree.task,
+            self.policy,
+            leaves=self._limits.group,
+            budget=Budget(self._task_caps),
+            seed=tree.seed,
+            copy=tree.copy,
+            grants=grants,
+        )
+        again.unclaimed = roots
+        async with self._watching():
+            grown: RolloutTree = await _unwrapped(again.grow())
+        return grown
+
+    async def _grow(
+        self,
+        tasks: Sequence[Task],
+        policy: Policy,
+        leaves: int,
+        seed: int,
+        budget: Budget,
+        caps: Caps,
+        progress: Progress | None,
+    ) -> list[RolloutTree]:
+        ground, copies = self._ground(progress), Counter[str]()
+        growing: list[asyncio.Task[RolloutTree]] = []
+
+        async def all_of_them() -> None:
             async with asyncio.TaskGroup() as running:
                 for task in tasks:
                     copies[task.id] += 1
-                    seeds = [derive_seed(seed, task.id, copies[task.id], i) for i in range(group)]
-                    groups.append([running.create_task(self._episode(task, s, progress)) for s in seeds])
-        except* AgentRLError as errors:
-            raise errors.exceptions[0] from None
-        trees = [
-            self._tree(task, [episode.result() for episode in episodes])
-            for task, episodes in zip(tasks, groups, strict=True)
-        ]
+                    tree = Tree(
+                        ground,
+                        task,
+                        policy,
+                        leaves=leaves,
+                        budget=Budget(caps, budget),
+                        seed=seed,
+                        copy=copies[task.id],
+                    )
+                    growing.append(running.create_task(tree.grow()))
+
+        async with self._watching():
+            await _unwrapped(all_of_them())
+        trees = [each.result() for each in growing]
         self._check_failures(trees)
         return trees
 
-    async def _episode(self, task: Task, seed: int, progress: Progress | None) -> Played:
-        async with self._live:
-            for attempt in range(self._limits.retries + 1):
-                played = await play(
-                    self._make_env(), task, self._make_writer(seed), seed=seed, deadline=self._limits.deadline
-                )
-                if played.leaf.outcome.scored or attempt == self._limits.retries:
-                    break
-        if progress is not None:
-            progress(played.leaf)
-        return played
+    def _ground(self, progress: Progress | None) -> Ground:
+        limits = self._limits
+        return Ground(
+            self._make_env,
+            self._make_writer,
+            self._params,
+            self._live,
+            self._calls,
+            limits.deadline,
+            limits.retries,
+            self._playing,
+            progress,
+        )
 
-    def _tree(self, task: Task, group: Sequence[Played]) -> RolloutTree:
-        """Chains under one root, the prompt; an environment whose prompt depends on the seed gets several roots."""
-        nodes: list[Node] = []
-        roots: dict[tuple[int, ...], int] = {}
-        leaves: list[Leaf] = []
-        for played in group:
-            if not played.nodes:
-                leaves.append(replace(played.leaf, node=-1))
-                continue
-            root = played.nodes[0]
-            parent = roots.setdefault(root.token_ids, len(nodes))
-            if parent == len(nodes):
-                nodes.append(root)
-            for node in played.nodes[1:]:
-                nodes.append(replace(node, parent=parent))
-                parent = len(nodes) - 1
-            leaves.append(replace(played.leaf, node=parent))
-        return RolloutTree(task, tuple(nodes), tuple(leaves), self._params.temperature, self._params.top_p)
+    def _check_forks(self) -> None:
+        """Refuse a policy that forks where it cannot, before anything is played."""
+        if not self.policy.forks:
+            return
+        env = self._make_env()
+        tools = [made for made in getattr(env, "make_tools", tuple)() if made.fork_level is ForkLevel.REFUSED]
+        if tools or getattr(env, "fork_level", None) is ForkLevel.REFUSED:
+            what = f"tool {tools[0].name!r}" if tools else type(env).__name__
+            raise ConfigError(
+                f"rollout.policy = {self._limits.policy!r} forks the environment, but {what} of {type(env).__name__} "
+                "refuses to be forked. Expected fork level copy, snapshot or replay; or use rollout.policy = 'group'."
+            )
+        self._make_writer(0).fork(0)
+
+    @asynccontextmanager
+    async def _watching(self) -> AsyncIterator[None]:
+        """Report what is stuck."""
+        watching = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+
+    async def _watch(self) -> None:
+        limit, reported = self._limits.stall, set[tuple[str, int, Name, float]]()
+        while True:
+            await asyncio.sleep(limit / 4)
+            now = time.perf_counter()
+            for (task, copy, name), progress in self._playing.items():
+                key = (task, copy, name, progress.since)
+                if now - progress.since > limit and key not in reported:
+                    reported.add(key)
+                    _LOG.warning(
+                        "stalled: task %s, trajectory %s has been in %s of turn %d for %.0f s; its deadline is %g s "
+                        "(rollout.deadline). %d trajectories are live.",
+                        task,
+                        ".".join(map(str, name)),
+                        progress.where(),
+                        progress.turns,
+                        now - progress.since,
+                        self._limits.deadline,
+                        len(self._playing),
+                    )
 
     def _check_failures(self, trees: Sequence[RolloutTree]) -> None:
         leaves = [leaf for tree in trees for leaf in tree.leaves]
-        failed = [leaf for leaf in leaves if not leaf.outcome.scored]
+        failed = [leaf for leaf in leaves if leaf.outcome.failed]
         if len(failed) > self._limits.max_failures * len(leaves):
             error = TooManyFailures(
                 f"{len(failed)} of {len(leaves)} episodes failed for reasons that are not the policy's; at most "
@@ -114,3 +226,25 @@ class Scheduler:
             )
             error.sample = [leaf.error for leaf in failed]
             raise error
+
+
+async def _unwrapped(growing: Any) -> Any:
+    """Await ``growing``; of the errors that its groups raise, the first one on its own."""
+    try:
+        return await growing
+    except BaseExceptionGroup as errors:
+        first: BaseException = errors
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from first.__cause__
+
+
+def _caps(key: str, given: Mapping[str, float]) -> Caps:
+    try:
+        return Caps.model_validate(dict(given))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise ConfigError(
+            f"{key}.{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}, got {wrong['input']!r}; expected some of "
+            f"{', '.join(Caps.model_fields)}."
+        ) from error

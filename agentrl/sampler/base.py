@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from agentrl.types import Completion, SamplingParams, TokenEvent
@@ -29,7 +29,7 @@ class Sampler(Protocol):
         """
         ...
 
-    def stream(self, token_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenEvent]:
+    def stream(self, token_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[TokenEvent, None]:
         """The same, token by token."""
         ...
 

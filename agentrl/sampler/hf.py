@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
@@ -104,7 +104,7 @@ class HFSampler:
             self._post(lambda: self._drop(request))
             raise
 
-    async def stream(self, token_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenEvent]:
+    async def stream(self, token_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[TokenEvent, None]:
         """Continue ``token_ids`` token by token; leaving the loop cancels the request."""
         request = self._request(token_ids, params)
         queue: asyncio.Queue[TokenEvent | None] = asyncio.Queue()

@@ -16,8 +16,9 @@ import httpx
 
 from agentrl.assemble import env_factory, sampling_params
 from agentrl.config import RunConfig
-from agentrl.errors import SamplerError
+from agentrl.errors import SamplerError, UserError
 from agentrl.rollout.scheduler import Scheduler
+from agentrl.rollout.writer import Watch
 from agentrl.seeds import derive_seed
 from agentrl.tool_format import read_json
 from agentrl.types import Message, Node, SamplingParams, StepResult, StopReason, ToolCall
@@ -28,6 +29,8 @@ ATTEMPTS = 4
 
 class ChatWriter:
     """Writes turns by asking ``POST {base_url}/chat/completions``."""
+
+    vocabulary = 0
 
     def __init__(self, client: httpx.AsyncClient, model: str, params: SamplingParams, seed: int) -> None:
         self.nodes: list[Node] = []
@@ -42,9 +45,9 @@ class ChatWriter:
         self._messages.extend(opening)
         self.nodes.append(Node(-1, "prompt", (), messages=tuple(opening)))
 
-    async def write(self) -> tuple[Message, StopReason]:
-        """Ask for one assistant message."""
-        if self._left < 1:
+    async def write(self, watch: Watch) -> tuple[Message, StopReason]:
+        """Ask for one assistant message; the server's count of its tokens is what ``watch`` hears of."""
+        if self._left < 1 or not watch.spend(0):
             return Message("assistant", ""), StopReason.LENGTH
         body: dict[str, Any] = {
             "model": self._model,
@@ -61,17 +64,27 @@ class ChatWriter:
             choice = reply["choices"][0]
             message = _read_message(choice["message"], self._turn)
             cut = choice.get("finish_reason") == "length"
-            self._left -= int((reply.get("usage") or {}).get("completion_tokens", 0))
+            used = int((reply.get("usage") or {}).get("completion_tokens", 0))
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise SamplerError(
                 f"the server's reply is not a chat completion ({type(error).__name__}: {error}); expected "
                 f"choices[0].message, got {json.dumps(reply)[:200]}"
             ) from error
+        self._left -= used
+        watch.spend(used)
         self._turn += 1
         reason = StopReason.LENGTH if cut else StopReason.STOP
         self.nodes.append(Node(len(self.nodes) - 1, "policy", (), messages=(message,), stop_reason=reason))
         self._messages.append(message)
         return message, reason
+
+    def fork(self, seed: int) -> ChatWriter:
+        """Refused: there are no token ids to continue, and no entropies to decide by.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("a chat server gives no token ids: tree rollouts need the hf or a vllm sampler.")
 
     def read(self, step: StepResult) -> None:
         """Take the environment's new messages."""

@@ -11,7 +11,8 @@ import pytest
 from agentrl import Message, Task, ToolEnv, tool
 from agentrl.errors import IsolationUnavailable, SamplerError, TaskError, ToolInfrastructureError
 from agentrl.rollout import episode
-from agentrl.rollout.episode import TokenWriter, play
+from agentrl.rollout.episode import play
+from agentrl.rollout.writer import TokenWriter
 from agentrl.types import Outcome, SamplingParams, StepResult, StopReason
 
 TASK = Task("double 7", answer="14", id="seven")

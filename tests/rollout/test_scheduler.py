@@ -11,8 +11,8 @@ import pytest
 from agentrl import Task, tool
 from agentrl.config import RolloutConfig
 from agentrl.errors import SamplerError, TaskError, TooManyFailures
-from agentrl.rollout.episode import TokenWriter
 from agentrl.rollout.scheduler import Scheduler
+from agentrl.rollout.writer import TokenWriter
 from agentrl.sampler.hf import HFSampler
 from agentrl.types import Outcome, SamplingParams
 
