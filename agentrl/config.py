@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -39,6 +39,7 @@ Estimator = Literal[
     "reinforce_pp_baseline",
     "gigpo",
     "tree",
+    "node_value",
     "gae",
 ]
 Surrogate = Literal[
@@ -124,6 +125,16 @@ class AlgorithmConfig(Section):
     overlong_filter: bool = Field(True, description="leave trajectories cut by the token budget out of the loss")
     overlong_buffer: int = Field(0, ge=0, description="tokens before the budget over which reward falls by 1; 0: off")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _begin_with_the_preset(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        name = str(given.get("name", "dapo"))
+        if name not in PRESETS:
+            raise UnknownName("algorithm", name, PRESETS)
+        return PRESETS[name]() | dict(given)
+
 
 class PolicyConfig(Section):
     """Which model is trained or evaluated."""
@@ -174,6 +185,7 @@ class SandboxConfig(Section):
 
     backend: Literal["local", "docker", "remote"] = Field("local", description="whose sessions; see agentrl doctor")
     url: str = Field("", description="remote: the server's address; docker: the engine's, empty: DOCKER_HOST")
+    max_sessions: int = Field(1024, ge=1, description="sessions open at once; then opening waits, forks are refused")
 
 
 class TrainConfig(Section):
@@ -244,18 +256,18 @@ class _Sources(BaseSettings, RunConfig):
     model_config = SettingsConfigDict(extra="ignore", env_prefix="AGENTRL_", env_nested_delimiter="__")
 
 
-def load_config(file: str | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+def load_config(file: str | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """A configuration from a TOML file, ``AGENTRL_*`` variables and dotted overrides; later ones win.
 
     Args:
-        file: path of a TOML file, or None.
+        file: path of a TOML file, or its tables where it has been read, or None.
         overrides: ``{"train.lr": "1e-4"}``; strings are converted to the key's type.
 
     Raises:
         ConfigError: a file that cannot be read or a value of the wrong type or range.
         UnknownName: an unknown key or algorithm, with the nearest valid name.
     """
-    tree: dict[str, Any] = _read_toml(file) if file else {}
+    tree: dict[str, Any] = _read_toml(file) if isinstance(file, str) else copy.deepcopy(dict(file or {}))
     for key, value in _leaves(_read_environment()):
         _put(tree, key, value)
     for key, value in (overrides or {}).items():
@@ -263,11 +275,6 @@ def load_config(file: str | None = None, overrides: Mapping[str, Any] | None = N
     for key, _ in _leaves(tree):
         if key not in known_keys():
             raise UnknownName("configuration key", key, known_keys())
-    algorithm = tree.get("algorithm", {})
-    name = str(algorithm.get("name", "dapo"))
-    if name not in PRESETS:
-        raise UnknownName("algorithm", name, PRESETS)
-    tree["algorithm"] = PRESETS[name]() | algorithm
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -333,9 +340,9 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in nested sections; a table of options is one value."""
+    """(dotted key, value) of everything in nested sections; a table of options or of a budget is one value."""
     for name, value in tree.items():
-        if isinstance(value, Mapping) and not name.endswith("options"):
+        if isinstance(value, Mapping) and not name.endswith(("options", "budget")):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

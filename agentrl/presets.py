@@ -101,8 +101,9 @@ def rloo() -> Choices:
     """RLOO: REINFORCE against the mean of the *other* answers.
 
     Ahmadian et al. 2024 (arXiv:2402.14740). ``A_i = r_i - mean of the others``, REINFORCE on the whole answer: ``-A
-    sum_t log pi``, mean over answers. TRL's has a clipped sequence ratio: ``surrogate = "clip"``, ``ratio =
-    "sequence"``.
+    sum_t log pi``, mean over answers. TRL's has a clipped ratio of whole answers, ``exp(sum_t log rho)``: ``surrogate =
+    "clip"``, ``ratio = "sequence"``, ``surrogate_options = {reduce = "sum", gradient = "segment"}``, ``aggregation =
+    "seq-mean-token-mean"``.
     """
     reinforce = {"surrogate": "reinforce", "aggregation": "seq-mean-token-sum"}
     return PLAIN | reinforce | {"estimator": "leave_one_out", "normalize": "none"}
@@ -132,7 +133,8 @@ def gpg() -> Choices:
     """GPG: the plain policy gradient of centred rewards.
 
     Chu et al. 2025 (arXiv:2504.02546). ``A = alpha (r - mean)``, alpha = leaves / leaves of groups with two rewards;
-    ``-A log pi``, mean over tokens.
+    ``-A log pi``, mean over tokens. verl counts the leaves whose reward is not 0 (``estimator_options = {valid =
+    "nonzero"}``).
     """
     return PLAIN | {"estimator": "gpg", "normalize": "none", "surrogate": "reinforce"}
 
@@ -155,8 +157,8 @@ def gspo() -> Choices:
     """GSPO: one ratio for a whole answer, clipped tightly.
 
     Zheng et al. 2025 (arXiv:2507.18071). ``s = exp(mean_t log rho)``, as ``sg(s) pi / sg(pi)`` per token; clip 3e-4 /
-    4e-4; mean over tokens, then answers. Tree-GRPO's GSPO lets the gradient flow through the mean and averages over
-    tokens.
+    4e-4; mean over tokens, then answers. Tree-GRPO's GSPO lets the gradient flow through the mean
+    (``surrogate_options = {gradient = "segment"}``), has a dual clip of 3 and averages over tokens.
     """
     return PLAIN | {
         "ratio": "sequence",
@@ -217,7 +219,8 @@ def vespo() -> Choices:
 def dppo() -> Choices:
     """DPPO: tokens whose probability has moved too far lose their gradient, in place of a clip.
 
-    "Far" is ``|pi - pi_sampler| > 0.2`` (binary total variation) or, with ``kind = "kl"``, a binary KL.
+    arXiv:2602.04879. "Far" is ``|pi - pi_sampler| > 0.2`` (binary total variation) or, with ``surrogate_options = {kind
+    = "kl"}``, a binary KL above 0.05.
     """
     return PLAIN | {"surrogate": "dppo"}
 
@@ -305,13 +308,20 @@ def raft() -> Choices:
 
 @preset
 def raft_pp() -> Choices:
-    """RAFT++: RAFT with the importance ratio and PPO's clip (Xiong et al. 2025, arXiv:2504.11343)."""
+    """RAFT++: RAFT with the importance ratio and PPO's clip (Xiong et al. 2025, arXiv:2504.11343).
+
+    ``keep_all`` as in ``raft``. The code's dual clip of 3 does nothing here, as no advantage is negative.
+    """
     return PLAIN | {"estimator": "raft", "normalize": "none"}
 
 
 @preset
 def reinforce_rej() -> Choices:
-    """Reinforce-Rej: ``A = r``, without tasks all right or all wrong (Xiong et al. 2025, arXiv:2504.11343)."""
+    """Reinforce-Rej: ``A = r``, without tasks all right or all wrong (Xiong et al. 2025, arXiv:2504.11343).
+
+    Ratio and PPO's clip; mean over the tokens of the tasks that are left (the code's: of all, ``estimator_options =
+    {keep_all = true}``). The paper has rewards of 1 and -1. The code keeps a group of one, and has a dual clip of 3.
+    """
     return PLAIN | {"estimator": "reinforce_rej", "normalize": "none"}
 
 
@@ -333,8 +343,9 @@ def gigpo() -> Choices:
     """GiGPO: a group baseline for episodes and one for steps.
 
     Feng et al. 2025 (arXiv:2505.10978). ``A = A_episode + A_step``, where a step is compared with the steps of its task
-    that began in the same state (here: that read the same tool result), by their discounted return (gamma 0.95). KL
-    0.01.
+    that began in the same state (here: that read the same tool result), by their discounted return (gamma 0.95). Both
+    are divided by their group's standard deviation; the code's default is not to (``normalize = "none"``), and to take
+    the episode's statistics over turns (``estimator_options = {statistic = "steps"}``). KL 0.01.
     """
     return PLAIN | {"estimator": "gigpo", "normalize": "none", "kl_coef": 0.01}
 
@@ -353,7 +364,8 @@ def arpo() -> Choices:
 def arpo_hard() -> Choices:
     """ARPO with hard advantages: a shared token gets the mean advantage of the leaves below it.
 
-    The gradient is that of the soft form but where the ratio is clipped. The released code has only the soft form.
+    With the mean over tokens the gradient is that of the soft form but where the ratio is clipped. The released code
+    has only the soft form.
     """
     return PLAIN | {"credit": "hard"}
 

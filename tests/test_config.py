@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentrl.config import PRESETS, RunConfig, describe_keys, known_keys, load_config, parse_flags
+from agentrl.config import PRESETS, AlgorithmConfig, RunConfig, describe_keys, known_keys, load_config, parse_flags
 from agentrl.errors import ConfigError, UnknownName
 
 
@@ -237,3 +237,10 @@ def test_what_is_no_flag_is_refused(words, message):
 def test_flags_come_back_as_they_were_given(overrides):
     words = [word for key, value in overrides.items() for word in (f"--{key}", json.dumps(value))]
     assert parse_flags(words) == (None, overrides)
+
+
+def test_a_preset_made_in_python_has_its_own_choices():
+    assert AlgorithmConfig(name="grpo").clip_high == PRESETS["grpo"]()["clip_high"] != AlgorithmConfig().clip_high
+    assert AlgorithmConfig(name="grpo", clip_high=0.5).clip_high == 0.5
+    with pytest.raises(UnknownName, match="did you mean 'grpo'"):
+        AlgorithmConfig(name="grpoo")

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from agentrl.learner import distributed
 from agentrl.learner.lora import ADAPTER, has_lora, load_adapter, merged_weights, plain_model, save_adapter
 from agentrl.learner.optimizer import check_fits
 from agentrl.learner.step import Learner
+
+T = TypeVar("T")
 
 STATE, LEARNER, SHARDS = "trainer_state.json", "learner.pt", "learner"
 
@@ -131,16 +134,16 @@ def load_state(folder: Path, learner: Learner) -> dict[str, Any]:
     adapters are trained, from the policy that they were put into.
 
     Raises:
-        RunFolderError: the state does not fit the model, or there is none.
+        RunFolderError: the state does not fit the model, cannot be read, or there is none.
     """
-    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    state: dict[str, Any] = _read(folder / STATE, lambda path: json.loads(path.read_text()))
     if has_lora(learner.model):
         load_adapter(learner.model, folder / ADAPTER)
     own = _tensors(learner)
     if (folder / SHARDS).is_dir():
         saved: Mapping[str, Tensor] = _load_shards(folder / SHARDS, own)
     elif (folder / LEARNER).is_file():
-        saved = torch.load(folder / LEARNER, weights_only=True, map_location="cpu", mmap=True)
+        saved = _read(folder / LEARNER, partial(torch.load, weights_only=True, map_location="cpu", mmap=True))
         check_fits(_shapes(own), _shapes(saved))
     else:
         raise RunFolderError(f"{folder}: expected {LEARNER} or {SHARDS}/ beside {STATE}, found neither.")
@@ -150,6 +153,16 @@ def load_state(folder: Path, learner: Learner) -> dict[str, Any]:
     learner.optimizer.load_state_dict(_part(saved, "optimizer"))
     learner.load_state(state.pop("learner"))
     return state
+
+
+def _read(path: Path, read: Callable[[Path], T]) -> T:
+    try:
+        return read(path)
+    except Exception as error:  # torch.load raises whatever its archives and pickles do
+        raise RunFolderError(
+            f"{path}: expected the state of a learner, but it cannot be read: {error}. The file is damaged or cut "
+            "short: resume from an earlier checkpoint."
+        ) from error
 
 
 def _tensors(learner: Learner) -> dict[str, Tensor]:

@@ -306,8 +306,9 @@ def shared_mean(advantages: Tensor, token_id: Tensor) -> Tensor:
     """Gives a token that several leaves share the mean of their advantages.
 
     The hard form of ARPO's advantage (Dong et al. 2025, arXiv:2507.19849). The soft form, the paper's default and all
-    that its code has, leaves each copy its leaf's advantage: ``advantages`` as they are. While no ratio is clipped the
-    two have the same gradient.
+    that its code has, leaves each copy its leaf's advantage: ``advantages`` as they are. The two have the same gradient
+    while no ratio is clipped and all copies of a token weigh the same, as in a mean over tokens; averaged per answer,
+    soft credit weighs the copies in short answers more.
 
     Args:
         advantages: [L], the same for all tokens of a leaf, or [L, T].

@@ -18,9 +18,11 @@ from agentrl.config import RunConfig
 from agentrl.errors import ConfigError
 from agentrl.learner import advantage, credit
 from agentrl.learner.credit import EpisodeStatistic
-from agentrl.learner.experience import Experience
+from agentrl.learner.experience import Experience, experience
 from agentrl.learner.loss import mask_overlong
+from agentrl.learner.node_value import node_advantages
 from agentrl.learner.options import checked_options
+from agentrl.types import Leaf, Node, Outcome, RolloutTree, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,15 @@ class Estimator:
                 f"rollout.group is 1, but the estimator {name!r} compares the answers to a task: expected at least 2, "
                 "or an estimator without a group, as in reinforce_pp and ppo."
             )
+        within_trees = name == "tree" and (not self.options["inter"] or self.options["renormalize"])
+        if within_trees and config.rollout.policy == "group":
+            raise ConfigError(
+                "algorithm.estimator 'tree' is to compare the leaves of a tree only, and with rollout.policy 'group' a "
+                "tree has one leaf, so that nothing would be learnt: expected 'expand_tree' or another policy that "
+                "branches."
+            )
+        nothing = torch.zeros(2, 2)  # options out of range are refused by the formulas: now, and not after a rollout
+        self(experience([REHEARSAL]), kl=nothing, values=nothing)
 
     @property
     def has_critic(self) -> bool:
@@ -122,13 +133,14 @@ class Estimator:
         if isinstance(found, tuple):
             found, returns = found
         advantages = found if found.dim() == 2 else found.unsqueeze(-1).expand(flat.mask.shape)
-        if algorithm.credit == "hard":
-            advantages = credit.shared_mean(advantages, flat.token.masked_fill(~flat.mask, -1))
+        mask = self._learnt(flat, found)
+        if algorithm.credit == "hard":  # of the leaves that are learnt from, as the soft form's sum is
+            advantages = credit.shared_mean(advantages, flat.token.masked_fill(~mask, -1))
         elif algorithm.credit == "entropy":
             advantages = credit.entropy_scaled(advantages, flat.entropies.to(advantages.dtype), flat.mask)
         return Estimate(
             advantages.masked_fill(~flat.mask, 0.0).float(),
-            self._learnt(flat, found),
+            mask,
             None if returns is None else returns.float(),
         )
 
@@ -138,8 +150,10 @@ class Estimator:
         if self.algorithm.min_reward_std:
             enough = advantage.group_std(flat.rewards, flat.group) > self.algorithm.min_reward_std
             mask = mask & enough.unsqueeze(-1)
-        if self.algorithm.estimator in KEEPS_LEARNT and not self.options["keep_all"]:
-            mask = mask & (found != 0).unsqueeze(-1)
+        if not self.options.get("keep_all", True):  # those whose papers average over what they learn from
+            rejects = self.algorithm.estimator == "reinforce_rej"
+            kept = advantage.informative_groups(flat.rewards, flat.group) if rejects else found != 0
+            mask = mask & kept.unsqueeze(-1)
         return mask
 
 
@@ -228,6 +242,11 @@ def _tree(
     )
 
 
+def _node_value(x: Rewarded, *, eps: float = 1e-6) -> Tensor:
+    flat = x.flat
+    return node_advantages(x.leaf_rewards(), flat.token, flat.group, normalize_std=x.normalize_std, eps=eps)
+
+
 def _gae(
     x: Rewarded,
     *,
@@ -237,8 +256,13 @@ def _gae(
     critic_lr: float = 1e-5,
     value_clip: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
-    """``critic_lr`` and ``value_clip`` are the learner's: peak rate of the critic, and its loss's clip."""
+    """``critic_lr`` and ``value_clip`` are the learner's: peak rate of the critic, and its loss's clip, 0 for none."""
     assert x.values is not None
+    if not (critic_lr > 0 and value_clip >= 0):
+        raise ConfigError(
+            f"algorithm.estimator_options: expected critic_lr above 0 and value_clip of 0 or above, got {critic_lr:g} "
+            f"and {value_clip:g}."
+        )
     advantages, returns = credit.gae(x.token_rewards(), x.values.to(x.rewards.dtype), x.flat.mask, gamma=gamma, lam=lam)
     return (credit.whiten(advantages, x.flat.mask) if whiten else advantages), returns
 
@@ -256,19 +280,25 @@ ESTIMATORS: dict[str, Callable[..., Any]] = {
     "reinforce_pp_baseline": _reinforce_pp_baseline,
     "gigpo": _gigpo,
     "tree": _tree,
+    "node_value": _node_value,
     "gae": _gae,
 }
+
+REHEARSAL = RolloutTree(
+    Task("rehearsal"),
+    (Node(-1, "prompt", (0,)), *(Node(0, "policy", (answer,), (-1.0,), (1.0,)) for answer in (1, 2))),
+    (Leaf(1, 1.0, Outcome.ANSWERED), Leaf(2, 0.0, Outcome.ANSWERED)),
+)
+"""Two answers of one token, to try an estimator on."""
 
 NORMALIZES = {
     "group": ("none", "group", "batch"),
     "best_of_group": ("none", "group"),
     "gigpo": ("none", "group"),
     "tree": ("none", "group"),
+    "node_value": ("none", "group"),
 }
 """What ``algorithm.normalize`` may be; "none" for the other estimators, which have no such choice."""
 
 NEEDS_GROUP = ESTIMATORS.keys() - {"raft", "reinforce_pp", "gae"}
 """Estimators that say nothing about a task's only leaf."""
-
-KEEPS_LEARNT = {"raft", "reinforce_rej"}
-"""Estimators whose papers average over the leaves they learn from, and not over all."""

@@ -6,6 +6,7 @@ stands in each of their rows; ``token`` tells that it is the same one, and ``pac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,12 +27,14 @@ class Experience:
         lengths: [L] int64, tokens of each path.
         mask: [L, T] bool, True on policy tokens. A path's first token has nothing before it and is never one.
         sampled_logprobs: [L, T] float32, the sampler's; 0 where masked.
-        entropies: [L, T] float32, the sampler's, in nats; 0 where masked.
+        entropies: [L, T] float32, the sampler's, in nats; 0 where masked, NaN where the sampler reported none.
         turn: [L, T] int64, the number of the policy turn from 0; -1 where masked.
         token: [L, T] int64, equal numbers are the same token of the same rollout tree; -1 in the padding.
         rewards: [L] float64.
         group: [L] int64, the task.
-        subtree: [L] int64, which of the task's trees: what grew from one first turn (Tree-GRPO's M trees).
+        subtree: [L] int64, which of the task's trees (Tree-GRPO's M): the number of the root trajectory that the leaf's
+            name begins with, since a tree may be expanded at the prompt too; without names, what grew from one first
+            node after the prompt.
         truncated: [L] bool, the token budget ended the path.
         observations: [L][U] what stood before each turn: a tool's results, or the prompt.
     """
@@ -77,7 +80,8 @@ def experience(trees: Sequence[RolloutTree]) -> Experience:
     """The scored leaves of ``trees``, in order.
 
     Raises:
-        TrainingError: a policy token without the log-prob that it was sampled with.
+        TrainingError: a policy token without the log-prob that it was sampled with, entropies for some tokens of a span
+            and not for others, or a leaf whose path does not lead to a root.
     """
     rows = [
         _row(tree, leaf, group, start)
@@ -114,6 +118,11 @@ def _row(tree: RolloutTree, leaf: Leaf, group: int, start: list[int]) -> dict[st
                 "expected one for each, since the loss divides by the policy that sampled: train with a sampler that "
                 "reports them."
             )
+        if own and len(node.entropies) not in (0, size):
+            raise TrainingError(
+                f"task {tree.task.id!r}, node {index}: {size} policy tokens and {len(node.entropies)} entropies; "
+                "expected one for each, or none at all from a sampler that does not report them."
+            )
         if own and (waiting or not observations):  # else the turn goes on, as after a branch in the middle of it
             observations.append("\n".join(waiting))
             waiting = []
@@ -124,7 +133,7 @@ def _row(tree: RolloutTree, leaf: Leaf, group: int, start: list[int]) -> dict[st
         row["token_ids"] += node.token_ids
         row["mask"] += [own] * size
         row["logprobs"] += node.logprobs if own else [0.0] * size
-        row["entropies"] += node.entropies if own and node.entropies else [0.0] * size
+        row["entropies"] += (node.entropies or [math.nan] * size) if own else [0.0] * size
         row["turn"] += [len(observations) - 1 if own else -1] * size
         row["token"] += range(start[index], start[index] + size)
     if row["mask"] and row["mask"][0]:
@@ -132,7 +141,7 @@ def _row(tree: RolloutTree, leaf: Leaf, group: int, start: list[int]) -> dict[st
     return row | {
         "reward": leaf.reward,
         "group": group,
-        "subtree": below,
+        "subtree": leaf.name[0] if leaf.name else below,
         "truncated": leaf.outcome is Outcome.LENGTH,
         "observations": observations,
     }
@@ -140,8 +149,15 @@ def _row(tree: RolloutTree, leaf: Leaf, group: int, start: list[int]) -> dict[st
 
 def _path(tree: RolloutTree, leaf: Leaf) -> list[int]:
     """Indices of the nodes from the root to ``leaf``."""
-    chain, index = [], leaf.node
-    while index >= 0:
+    chain: list[int] = []
+    index = leaf.node
+    while not (index == -1 and chain):
+        if not 0 <= index < len(tree.nodes) or len(chain) == len(tree.nodes):
+            raise TrainingError(
+                f"task {tree.task.id!r}: the path of the scored leaf at node {leaf.node} goes to node {index} after "
+                f"{len(chain)} of the tree's {len(tree.nodes)} nodes; expected parents that lead to a root, whose own "
+                "parent is -1."
+            )
         chain.append(index)
         index = tree.nodes[index].parent
     return chain[::-1]

@@ -85,7 +85,7 @@ class Leader:
             **kwargs: likewise.
 
         Raises:
-            TrainingError: it failed in another process, or a collective call did.
+            TrainingError: it failed in another process, or another process is gone.
             Exception: what ``function`` raises; an ``AgentRLError`` of another process is raised as it is, with the
                 number of the process in its message.
         """
@@ -105,6 +105,11 @@ class Leader:
         if error is None:
             return done.result()
         first = _publish(error)
+        if first is error and _lost(error):
+            raise TrainingError(
+                "another process of this run has ended or does not answer, and did not say why: look at the end of its "
+                "output, and resume the run from its last checkpoint."
+            ) from error
         if first is error or isinstance(error, AgentRLError):
             raise error
         raise first from error
@@ -205,6 +210,11 @@ def _publish(error: BaseException) -> BaseException:
     own = _text((distributed.rank(), _portable(error)))
     first = distributed.store().compare_set(_FAILURE, "", own)
     return error if first.decode() == own else _read(first)
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether a collective call failed because a process it waited for was gone; gloo has no type for that."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def _published() -> BaseException | None:

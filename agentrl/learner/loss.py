@@ -175,47 +175,6 @@ def _segment_index(scores: Scores, level: Level) -> Tensor:
     return scores.turn.masked_fill(~scores.mask, 0)
 
 
-def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    tokens: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The token-level clipped loss of GRPO and DAPO, not yet aggregated, and how often it was clipped.
-
-    ``surrogate.clip`` on ``token_log_ratio``, with advantages of [L] or [L, T].
-
-    Args:
-        logprobs: [L, T] or packed [M], under the policy in training.
-        old_logprobs: same shape, under the policy that sampled.
-        advantages: [L], the same for all tokens of a leaf, or the shape of ``logprobs``.
-        mask: same shape as ``logprobs``, bool, True on policy tokens.
-        clip_low: see ``surrogate.clip``.
-        clip_high: see ``surrogate.clip``.
-        dual_clip: see ``surrogate.clip``.
-        tokens: policy tokens of the whole step, so that the metrics of its micro-batches add up; default: of ``mask``.
-
-    Returns:
-        The loss of each token, shaped as ``logprobs``, 0 where masked; and the metrics of ``surrogate_metrics``.
-
-    Raises:
-        ConfigError: ``dual_clip`` is not above 1.
-    """
-    from agentrl.learner.surrogate import clip  # surrogate.py builds on this module
-
-    if advantages.dim() < logprobs.dim():
-        advantages = advantages.unsqueeze(-1).expand_as(logprobs)
-    ratio = token_log_ratio(logprobs, old_logprobs, mask)
-    scores = Scores(logprobs, old_logprobs, advantages, mask)
-    loss, flags = clip(ratio, scores, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    return loss, surrogate_metrics(flags, ratio, mask, tokens=tokens)
-
-
 @torch.no_grad()
 def surrogate_metrics(
     flags: dict[str, Tensor], log_ratio: Tensor, mask: Tensor, *, tokens: float | None = None

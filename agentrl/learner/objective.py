@@ -97,6 +97,7 @@ class Objective:
         )
         self._check()
         self.kl, self.entropy = self._coefficients()
+        self._rehearse()
 
     # -- what it needs ------------------------------------------------------------------------------------------------
 
@@ -310,6 +311,12 @@ class Objective:
             )
         if a.surrogate == "gvpo" and a.kl_coef:
             raise ConfigError("gvpo has its own pull to the old policy (beta): set algorithm.kl_coef to 0.")
+
+    def _rehearse(self) -> None:
+        """Take the loss of two made-up tokens: options out of range are refused by the formulas that they belong to."""
+        old, ones = torch.full((2, 1), -1.0), torch.ones(2, 1)
+        scores = Scores(old, old, torch.tensor([[1.0], [-1.0]]), ones > 0, torch.zeros(2, 1).long(), ones, old, old)
+        self.loss(scores, self.prepare(scores, torch.zeros(2).long(), torch.Generator()))
 
     def _coefficients(self) -> tuple[Adaptive, Adaptive]:
         a = self.algorithm

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from agentrl.config import RunConfig
-from agentrl.errors import ConfigError, NonFiniteError, PolicyMismatch
+from agentrl.errors import ConfigError, NonFiniteError, PolicyMismatch, TrainingError
 from agentrl.learner import distributed
 from agentrl.learner.attention import ATTENTION
 from agentrl.learner.critic import Critic
@@ -89,6 +89,7 @@ class Learner:
             )
         self.config, self.estimator, self.objective = config, Estimator(config), Objective(config)
         check_packable(model)
+        self._vocabulary = len(model.get_input_embeddings().weight)
         policy = config.policy
         self.reference, self.critic = None, None
         if self.objective.needs_reference and not policy.lora_rank:
@@ -125,16 +126,21 @@ class Learner:
         self.objective.load_state(state["objective"])
 
     def step(self, trees: Sequence[RolloutTree]) -> Metrics:
-        """Update on ``trees``, in ``train.minibatches`` optimizer steps. Returns metrics by TRL's names.
+        """Update on ``trees``, in ``train.minibatches`` optimizer steps.
+
+        Returns:
+            Metrics by TRL's names; none, and no update, where no scored leaf has a token that the policy wrote.
 
         Raises:
             NonFiniteError: a reward, a log-prob, the loss or the gradient norm is not finite; that update was not made.
             PolicyMismatch: the sampler's log-probs are not the learner's.
-            TrainingError: a policy token without the log-prob that it was sampled with.
+            TrainingError: a policy token without the log-prob, or an entropy that the algorithm reads, that it was
+                sampled with; a token that the policy does not know; or a leaf whose path does not lead to a root.
         """
         flat = experience(trees)
-        if not len(flat):
+        if not bool(flat.mask.any()):
             return {}
+        self._check(flat)
         prepared, metrics = self.prepare(flat)
         history = []
         for number, rows in enumerate(_deal(flat.group, self.config.train.minibatches)):
@@ -144,6 +150,26 @@ class Learner:
             combined["kl"] = self.objective.moved_kl(prepared.scores, self.score(self.model, flat)[0])
         self.objective.adapt(combined)
         return dict(sorted(combined.items()))
+
+    def _check(self, flat: Experience) -> None:
+        """Refuse what the sampler cannot have given this policy."""
+        sampled, real = flat.sampled_logprobs, flat.token >= 0
+        if not bool(sampled.isfinite().all()):
+            raise _not_finite("a sampled log-prob", float(sampled[~sampled.isfinite()][0]), flat)
+        wrong = flat.token_ids[real & ((flat.token_ids < 0) | (flat.token_ids >= self._vocabulary))]
+        if len(wrong):
+            raise TrainingError(
+                f"the rollouts have a token {int(wrong[0])}: expected 0 to {self._vocabulary - 1}, the rows of the "
+                "policy's embedding; they were sampled from another policy, or with another tokenizer."
+            )
+        algorithm = self.config.algorithm
+        if algorithm.credit == "entropy" or algorithm.entropy_target:
+            missing = int(flat.mask.sum() - flat.entropies[flat.mask].isfinite().sum())
+            if missing:
+                raise TrainingError(
+                    f'{missing} policy tokens have no finite entropy, which algorithm.credit = "entropy" and '
+                    "algorithm.entropy_target read: train with a sampler that reports them, or leave these two out."
+                )
 
     def prepare(self, flat: Experience) -> tuple[Prepared, Metrics]:
         """What the updates of a step have in common: old log-probs, reference, values, advantages.
@@ -224,7 +250,10 @@ class Learner:
         rates = {"policy": self.config.train.lr * scale}
         if self.critic is not None:
             rates["critic"] = self.estimator.options["critic_lr"] * scale
-        self.optimizer.step(rates)
+        if norm:
+            self.optimizer.step(rates)
+        else:  # nothing to learn from: neither old momentum nor weight decay is to move the policy
+            self.optimizer.zero_grad()
         self.updates += 1
         return metrics | {"grad_norm": norm, "learning_rate": rates["policy"]}
 

@@ -23,7 +23,7 @@ REWARDS = (1.0, 0.0, 0.25, 0.75, 0.0)
 
 def config(**changes):
     base = {"rollout.max_tokens": 40, "sampler.max_length": 256, "train.lr": 1e-3, "train.warmup": 0}
-    base |= {"rollout.group": 5}
+    base |= {"rollout.group": 5, "rollout.policy": "expand_tree"}
     return load_config(None, base | {key.replace("__", "."): value for key, value in changes.items()})
 
 
@@ -130,6 +130,13 @@ def test_presets_only_set_keys_that_exist():
         ({"surrogate_options": {"clip_low": 0.1}}, "expected under algorithm.clip_low"),
         ({"surrogate": "sapo", "surrogate_options": {"tau_positive": "much"}}, "tau_positive: Input should be a valid"),
         ({"estimator_options": {"eps": "small"}}, "algorithm.estimator_options.eps: Input should be a valid number"),
+        ({"estimator": "tree", "estimator_options": {"inter": False, "intra": False}}, "got neither"),
+        ({"name": "gigpo", "estimator_options": {"similarity": 2.0}}, "anchor similarity: expected a ratio"),
+        ({"name": "ppo", "estimator_options": {"value_clip": -1.0}}, "value_clip of 0 or above, got 1e-05 and -1"),
+        ({"name": "ppo", "estimator_options": {"critic_lr": -1.0}}, "expected critic_lr above 0"),
+        ({"name": "sapo", "surrogate_options": {"tau_positive": -1.0}}, "sapo: expected tau above 0"),
+        ({"name": "clip_cov", "surrogate_options": {"fraction": 2.0}}, "clip_cov fraction: expected a share"),
+        ({"old_logprobs": "learner", "correction": "geometric_tis"}, "has no published bounds: expected high"),
         (
             {"name": "gvpo", "kl_coef": 0.1},
             "gvpo has its own pull to the old policy",
@@ -160,12 +167,32 @@ def test_a_group_of_one_is_refused_where_answers_are_compared(make_model):
     Learner(make_model(), config(rollout__group=1, algorithm__name="reinforce_pp"))
 
 
+@pytest.mark.parametrize("options", [{"inter": False}, {"renormalize": True}])
+def test_leaves_of_a_tree_cannot_be_compared_where_it_has_one(make_model, options):
+    choices = {"algorithm__name": "tree_grpo", "algorithm__estimator_options": options}
+    with pytest.raises(ConfigError, match="'group' a tree has one leaf"):
+        Learner(make_model(), config(**choices, rollout__policy="group"))
+    Learner(make_model(), config(**choices))
+
+
 @pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce_rej", "tree_grpo_intra", "maxrl", "gvpo"])
 def test_groups_without_two_rewards_teach_nothing(make_model, trees, name):
     equal = [replace(t, leaves=tuple(replace(leaf, reward=0.5) for leaf in t.leaves)) for t in trees]
     metrics = Learner(make_model(), config(algorithm__name=name, algorithm__kl_coef=0.0)).step(equal)
     assert metrics["num_trajectories/effective"] == metrics["num_groups/effective"] == 0
     assert metrics["grad_norm"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dapo", "rloo", "opo", "reinforce_rej", "gigpo", "arpo_hard", "tree_grpo", "gvpo"])
+def test_a_group_of_which_one_leaf_is_left_teaches_nothing(make_model, trees, name):
+    """The others failed; code derived from verl would take the raw reward of 1 as the advantage."""
+    alone = []
+    for tree in trees:
+        lost = (replace(leaf, reward=None, outcome=Outcome.ENV_FAILURE) for leaf in tree.leaves[1:])
+        alone.append(replace(tree, leaves=(tree.leaves[0], *lost)))
+    metrics = Learner(make_model(), config(algorithm__name=name, algorithm__kl_coef=0.0)).step(alone)
+    assert metrics["num_trajectories"] == 2
+    assert metrics["num_trajectories/effective"] == metrics["grad_norm"] == 0
 
 
 def test_corrections_weigh_by_what_sampled(make_model, trees):
@@ -226,6 +253,18 @@ def test_raft_averages_over_what_it_fits(make_model, trees):
     share = paper["num_tokens/learnt"] / paper["num_tokens/policy"]
     assert share < 1
     assert code.step(trees)["loss"] == pytest.approx(paper["loss"] * share, rel=1e-5)
+
+
+def test_reinforce_rej_rejects_tasks_and_no_answers(make_model, trees):
+    """An answer of reward 0 to a task that is sometimes solved stays in the mean, as one of -1 does."""
+    equal = replace(trees[1], leaves=tuple(replace(leaf, reward=1.0) for leaf in trees[1].leaves))
+    alone, both = ([trees[0]], [trees[0], equal])
+    losses = [
+        Learner(make_model(), config(algorithm__name="reinforce_rej")).step(batch)["loss"] for batch in (alone, both)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    part = Learner(make_model(), config(algorithm__name="reinforce_rej")).prepare(experience(alone))[0]
+    assert bool((part.scores.mask == part.flat.mask).all())
 
 
 def test_a_critic_learns_the_returns(make_model, trees):

@@ -109,6 +109,17 @@ def test_a_state_of_another_policy_is_refused(make_model, tokenizer, tmp_path):
         load_state(tmp_path, other)
 
 
+@pytest.mark.parametrize("name", [LEARNER, STATE])
+@pytest.mark.parametrize("left", [0.0, 0.5])
+def test_a_state_that_was_cut_short_is_refused(make_model, tokenizer, tmp_path, name, left):
+    save_checkpoint(tmp_path, moved(make_model()), tokenizer, {"step": 2})
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: int(left * len(whole))])
+    again = Learner(make_model(), config("all weights"))
+    with pytest.raises(RunFolderError, match=rf"(?s){name}: expected the state of a learner, .* damaged or cut short"):
+        load_state(tmp_path, again)
+
+
 def test_the_dtype_of_a_policy_can_be_chosen(policy_folder):
     assert next(load_policy(policy_folder)[0].parameters()).dtype == torch.float32, "as saved"
     assert next(load_policy(policy_folder, dtype="bfloat16")[0].parameters()).dtype == torch.bfloat16

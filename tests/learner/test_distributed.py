@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +21,7 @@ import torch
 from fixed_rollouts import fixed_rollouts
 
 from agentrl.config import load_config
-from agentrl.errors import ConfigError, NonFiniteError, RunFolderError, TrainingError
+from agentrl.errors import AgentRLError, ConfigError, NonFiniteError, RunFolderError, TrainingError
 from agentrl.learner import distributed
 from agentrl.learner.checkpoint import LEARNER, SHARDS, load_state, save_checkpoint
 from agentrl.learner.leader import Leader, follow
@@ -72,8 +74,8 @@ def main(folder, scenario):
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     distributed.start("cpu", deadline=60)
-    if scenario == "the leader fails":
-        lead_into_an_error()
+    if scenario in ALONE:
+        lead(folder, ALONE[scenario])
         return
     report = {"world": distributed.world_size()}
     for case in CASES:
@@ -156,20 +158,35 @@ def fail(leader):
     return found
 
 
-def lead_into_an_error():
-    """Process 1 waits for process 0 in the middle of a command when that is over for it."""
+def lead(folder, command):
+    """Into an error; what the leader says of it is in the folder too."""
     learner = make_learner(make_model(), "all weights")
-    if distributed.rank() == 0:
-        with Leader(learner) as leader:
-            leader.run(break_in_the_first)
-    else:
+    if distributed.rank() != 0:
         follow(learner)
+        return
+    try:
+        with Leader(learner) as leader:
+            leader.run(command)
+    except AgentRLError as error:
+        (folder / "error.txt").write_text(f"{type(error).__name__}: {error}")
+        raise
 
 
 def break_in_the_first(learner):
     if distributed.rank() == 0:
         raise NonFiniteError("the loss is nan")
     learner.step(rollouts(3))
+
+
+def kill_the_second(learner):
+    """Process 0 waits for process 1 when that is gone, without a word."""
+    if distributed.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    learner.step(rollouts(3))
+
+
+ALONE = {"the leader fails": break_in_the_first, "a process is killed": kill_the_second}
+"""Scenarios that leave no world behind."""
 
 
 def rank_of(learner):
@@ -307,6 +324,28 @@ def test_an_error_in_the_leader_ends_the_others(tmp_path):
     assert done.returncode != 0
     assert "NonFiniteError: the loss is nan" in done.stderr
     assert "process 0" not in done.stderr, "the follower repeats nothing"
+
+
+@needs_two
+def test_a_process_that_is_killed_ends_the_other(tmp_path):
+    """Without torchrun to end it, as where the other one was on another machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    where |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, str(tmp_path), "a process is killed"]
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    both = [subprocess.Popen(command, env=os.environ | where | rank, stderr=subprocess.DEVNULL) for rank in ranks]
+    began = time.monotonic()
+    try:
+        assert both[1].wait(100) == -signal.SIGKILL
+        assert both[0].wait(50) == 1, "not the deadline of 60 s"
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    assert time.monotonic() - began < 100
+    assert (tmp_path / "error.txt").read_text().startswith("TrainingError: another process of this run has ended")
 
 
 # -- a world of one ---------------------------------------------------------------------------------------------------

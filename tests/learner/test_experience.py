@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
+from agentrl.errors import TrainingError
 from agentrl.learner.experience import experience
 from agentrl.types import Leaf, Message, Node, Outcome, RolloutTree, Task
 
@@ -64,6 +68,52 @@ def test_groups_and_subtrees():
     flat = experience([branched(), branched()])
     assert flat.group.tolist() == [0, 0, 0, 1, 1, 1]
     assert flat.subtree.tolist() == [1, 1, 6, 1, 1, 6]
+
+
+def test_a_leaf_belongs_to_the_root_trajectory_that_its_name_begins_with():
+    """A tree expanded at the prompt has leaves that share no token with it (Tree-GRPO)."""
+    tree = branched()
+    names = ((0,), (0, 1, 0), (0, 0, 1))
+    leaves = tuple(replace(leaf, name=name) for leaf, name in zip(tree.leaves, names, strict=True))
+    assert experience([replace(tree, leaves=leaves)]).subtree.tolist() == [0, 0, 0]
+
+
+def test_what_the_sampler_did_not_report_is_not_zero():
+    tree = branched()
+    nodes = tuple(replace(n, entropies=()) if i == 1 else n for i, n in enumerate(tree.nodes))
+    flat = experience([replace(tree, nodes=nodes)])
+    assert flat.entropies[0].isnan().tolist() == [False, False, True, True, False, False, False, False]
+    short = tuple(replace(n, entropies=(0.1,)) if i == 1 else n for i, n in enumerate(tree.nodes))
+    with pytest.raises(TrainingError, match="node 1: 2 policy tokens and 1 entropies; expected one for each, or none"):
+        experience([replace(tree, nodes=short)])
+
+
+@pytest.mark.parametrize(
+    ("node", "parent", "message"),
+    [
+        (6, 6, "node 6 goes to node 6 after 7 of the tree's 7 nodes"),
+        (9, 0, "node 9 goes to node 9 after 0 of"),
+        (-1, 0, "node -1 goes to node -1 after 0 of"),
+        (6, 7, "node 6 goes to node 7 after 1 of"),
+    ],
+)
+def test_paths_that_lead_nowhere_are_refused(node, parent, message):
+    tree = branched()
+    nodes = (*tree.nodes[:6], replace(tree.nodes[6], parent=parent))
+    with pytest.raises(TrainingError, match=message):
+        experience([replace(tree, nodes=nodes, leaves=(Leaf(node, 1.0, Outcome.ANSWERED),))])
+
+
+def test_a_tree_may_have_several_roots():
+    """Tasks whose prompts differ between trajectories; a leaf may also be an inner node, or stand there twice."""
+    one = branched()
+    nodes = (*one.nodes, Node(-1, "prompt", (11,)), policy(7, (12, 13)))
+    leaves = (*one.leaves, *(Leaf(n, 0.0, Outcome.ANSWERED) for n in (8, 8, 3)))
+    flat = experience([replace(one, nodes=nodes, leaves=leaves)])
+    assert flat.lengths.tolist() == [8, 7, 3, 3, 3, 6]
+    assert flat.group.tolist() == [0] * 6
+    assert flat.subtree.tolist() == [1, 1, 6, 8, 8, 1]
+    assert flat.token[3].tolist() == flat.token[4].tolist()
 
 
 def test_taking_rows_trims_the_padding():

@@ -271,11 +271,28 @@ def test_models_that_do_not_fit_are_refused_by_name(name, changed, reason):
         check_packable(build(name, **changed))
 
 
+def peaked(dtype, factor):
+    """A model whose logits are ``factor`` times as large; its weights are such that context matters already."""
+    model = build("Qwen3", dtype, head_dim=8, initializer_range=0.2)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_very_peaked_logits_are_no_misfit(dtype):
+    """They are rounded at their own size: 4,000 in bf16 is a multiple of 16."""
+    model = peaked(dtype, 1000)
+    assert float(model(torch.tensor([[1, 2, 3]])).logits.detach().abs().max()) > 1000
+    check_packable(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1, 1000])
 @pytest.mark.parametrize("wrong", ["mask", "positions"])
-def test_the_proof_notices_what_the_configuration_does_not_say(wrong, dtype):
+def test_the_proof_notices_what_the_configuration_does_not_say(wrong, factor, dtype):
     """A model that attends to the whole batch, or counts positions by itself."""
-    model = build("Qwen3", dtype, head_dim=8, initializer_range=0.2)  # else context hardly matters yet
+    model = peaked(dtype, factor)
     decoder = model.get_decoder()
     forward = decoder.forward
 

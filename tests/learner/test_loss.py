@@ -20,7 +20,6 @@ from agentrl.learner.loss import (
     log_ratio,
     loss_denominator,
     mask_overlong,
-    policy_loss,
     surrogate_metrics,
     token_log_ratio,
     value_loss,
@@ -184,19 +183,6 @@ def test_micro_batches_sum_to_the_full_batch(scores: Scores, mode: Aggregation, 
     assert parts_denominator == loss_denominator(scores.mask, mode, max_tokens=length)
 
 
-@PROPERTY
-@given(batches())
-def test_policy_loss_is_the_clip_surrogate_with_its_metrics(scores: Scores) -> None:
-    ours, metrics = policy_loss(
-        scores.logprobs, scores.old_logprobs, scores.advantages[:, 0], scores.mask, clip_high=0.28, dual_clip=3.0
-    )
-    theirs, flags = clip(log_ratio(scores), scores, clip_high=0.28, dual_clip=3.0)
-    assert torch.equal(ours, theirs)
-    assert metrics == surrogate_metrics(
-        flags, token_log_ratio(scores.logprobs, scores.old_logprobs, scores.mask), scores.mask
-    )
-
-
 # -- aggregation and KL ------------------------------------------------------------------------------------------------
 
 
@@ -312,7 +298,8 @@ def test_value_loss_by_hand() -> None:
 def test_reference_and_old_policy_get_no_gradient() -> None:
     fixed = torch.zeros(1, 2, requires_grad=True)
     moving = torch.zeros(1, 2, requires_grad=True)
-    per_token, _ = policy_loss(moving, fixed, torch.ones(1), torch.ones(1, 2, dtype=torch.bool))
+    scores = Scores(moving, fixed, torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool))
+    per_token, _ = clip(log_ratio(scores), scores)
     loss = (per_token + kl_penalty(moving, fixed, "k2")).sum()
     reached, unreached = torch.autograd.grad(loss, (moving, fixed), allow_unused=True)
     assert reached is not None
@@ -332,4 +319,4 @@ def test_wrong_names_and_numbers_are_refused() -> None:
     with pytest.raises(TrainingError, match="above 0, got 0"):
         aggregate(values, mask, "token-mean", denominator=0.0)
     with pytest.raises(ConfigError, match="dual_clip: expected a ratio above 1"):
-        policy_loss(values, values, torch.ones(1), mask, dual_clip=1.0)
+        clip(values, Scores(values, values, values, mask), dual_clip=1.0)

@@ -15,6 +15,7 @@ from agentrl.config import load_config
 from agentrl.errors import ConfigError, NonFiniteError, PolicyMismatch, TrainingError
 from agentrl.learner.experience import experience
 from agentrl.learner.step import Learner
+from agentrl.presets import PRESETS
 from agentrl.sampler.hf import HFSampler
 from agentrl.types import Leaf, Message, Node, Outcome, RolloutTree, SamplingParams, StopReason, Task
 
@@ -109,13 +110,15 @@ def test_a_step_moves_towards_what_was_rewarded(make_model, trees):
     assert after["clip_ratio/region_mean"] >= 0
 
 
-@pytest.mark.parametrize("broken", ["logprob", "weights", "gradient"])
-def test_what_is_not_finite_stops_before_the_update_and_brings_its_sample(make_model, trees, broken):
-    learner = Learner(make_model(), config())
+@pytest.mark.parametrize("broken", ["nan logprob", "logprob of -inf", "weights", "gradient"])
+@pytest.mark.parametrize("name", ["dapo", "rloo"])  # whose loss does not read the sampler's log-probs
+def test_what_is_not_finite_stops_before_the_update_and_brings_its_sample(make_model, trees, broken, name):
+    learner = Learner(make_model(), config(algorithm__name=name))
     batch = trees[1.0]
-    if broken == "logprob":
+    if "logprob" in broken:
         nodes = list(batch[0].nodes)
-        nodes[1] = replace(nodes[1], logprobs=(math.nan,) * len(nodes[1].logprobs))
+        value = math.nan if "nan" in broken else -math.inf
+        nodes[1] = replace(nodes[1], logprobs=(value, *nodes[1].logprobs[1:]))
         batch = [replace(batch[0], nodes=tuple(nodes)), *batch[1:]]
     elif broken == "weights":
         with torch.no_grad():
@@ -256,7 +259,9 @@ def reward_all(tree, reward):
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo"])
 def test_equal_rewards_move_nothing(make_model, trees, name):
-    learner = Learner(make_model(), config(algorithm__name=name))
+    """Nor does the momentum of earlier updates, or weight decay."""
+    learner = Learner(make_model(), config(algorithm__name=name, train__weight_decay=0.1, train__max_gap=9.0))
+    learner.step(trees[1.0])
     before = weights(learner)
     metrics = learner.step([reward_all(tree, 1.0) for tree in trees[1.0]])
     assert metrics["grad_norm"] == metrics["loss"] == 0.0
@@ -268,7 +273,8 @@ def test_everything_cut_off_moves_nothing(make_model, trees):
         replace(tree, leaves=tuple(replace(leaf, outcome=Outcome.LENGTH) for leaf in tree.leaves))
         for tree in trees[1.0]
     ]
-    learner = Learner(make_model(), config())
+    learner = Learner(make_model(), config(train__max_gap=9.0))
+    learner.step(trees[1.0])
     before = weights(learner)
     assert learner.step(cut)["grad_norm"] == 0.0
     assert same(weights(learner), before)
@@ -282,10 +288,11 @@ def test_trajectories_without_a_policy_token_are_harmless(make_model, trees, mic
     )
     learner = Learner(make_model(), config(train__micro_tokens=micro))
     assert learner.step([mute, *trees[1.0]])["grad_norm"] > 0
-    alone = Learner(make_model(), config())
-    before = weights(alone)
-    alone.step([mute])
-    assert same(weights(alone), before)
+    for changes in ({}, {"name": "gigpo"}, {"name": "reinforce_pp", "kl_target": 0.1}, {"entropy_target": 0.1}):
+        alone = Learner(make_model(), config(**{f"algorithm__{key}": value for key, value in changes.items()}))
+        before = weights(alone)
+        assert alone.step([mute]) == {}, "nobody wrote anything"
+        assert same(weights(alone), before)
 
 
 def test_unscored_leaves_are_left_out(make_model, trees):
@@ -311,6 +318,30 @@ def test_tokens_without_old_logprobs_are_refused(make_model, trees):
         Learner(make_model(), config()).step([replace(tree, nodes=tuple(nodes))])
 
 
-def test_a_reward_that_is_not_a_number_is_refused(make_model, trees):
-    with pytest.raises(NonFiniteError, match="rewards: expected finite numbers, got nan at leaf"):
-        Learner(make_model(), config()).step([reward_all(trees[1.0][0], math.nan)])
+@pytest.mark.parametrize("changes", [{"name": "aepo"}, {"entropy_target": 0.2}])
+def test_entropies_are_missed_where_they_are_read(make_model, trees, changes):
+    tree = trees[1.0][0]
+    nodes = list(tree.nodes)
+    nodes[1] = replace(nodes[1], entropies=())
+    batch = [replace(tree, nodes=tuple(nodes))]
+    assert Learner(make_model(), config()).step(batch)["grad_norm"] > 0
+    learner = Learner(make_model(), config(**{f"algorithm__{key}": value for key, value in changes.items()}))
+    with pytest.raises(TrainingError, match="24 policy tokens have no finite entropy"):
+        learner.step(batch)
+
+
+@pytest.mark.parametrize("token", [448, -1])
+def test_a_token_that_the_policy_does_not_know_is_refused(make_model, trees, token):
+    """As where the sampler has another vocabulary; on a GPU the embedding would take the process with it."""
+    tree = trees[1.0][0]
+    nodes = (replace(tree.nodes[0], token_ids=(token, *tree.nodes[0].token_ids[1:])), *tree.nodes[1:])
+    with pytest.raises(TrainingError, match=f"have a token {token}: expected 0 to 447, the rows of the policy's"):
+        Learner(make_model(), config()).step([replace(tree, nodes=nodes)])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_a_reward_that_is_not_a_number_is_refused(make_model, trees, name, reward):
+    setting = config(algorithm__name=name, rollout__policy="expand_tree")
+    with pytest.raises(NonFiniteError, match=f"rewards: expected finite numbers, got {reward} at leaf"):
+        Learner(make_model(), setting).step([reward_all(trees[1.0][0], reward)])
