@@ -93,22 +93,38 @@ class Player:
         finally:
             await env.close()
 
-    async def play_forked(self, script: Script, cut: int) -> list[Run]:
-        """Play ``cut`` turns, fork twice, then play one fork to the end and after it the other."""
-        parent = self.make()
-        twins: list[Env] = []
+    async def play_forked(self, script: Script, other: Script, cut: int) -> list[tuple[Script, Run]]:
+        """Play ``cut`` turns of ``script``, fork, and go on in all of them, which take their turns at the same time.
+
+        The environment itself and a fork of it do as ``script`` says; so does a fork of that fork, made a turn later.
+        A second fork and a fork of the first one do as ``other`` says, which begins with the same turns.
+        """
+        envs: list[Env] = []
+
+        async def fork(parent: Env, run: Run, followed: Script) -> tuple[Env, Run, Script]:
+            envs.append(twin := await self._timed("fork", parent.fork(), run))
+            return twin, Run(run.opening, run.info, list(run.steps), list(run.actions), run.slowest), followed
+
+        envs.append(parent := self.make())
         try:
-            prefix = await self._begin(parent, script)
-            await self._go_on(parent, prefix, script.actions, most=cut)
-            for _ in range(2):
-                twins.append(await self._timed("fork", parent.fork(), prefix))
-            runs = [Run(prefix.opening, prefix.info, list(prefix.steps), list(prefix.actions)) for _ in twins]
-            for twin, run in zip(twins, runs, strict=True):
-                await self._go_on(twin, run, script.actions)
-            return runs
+            run = await self._begin(parent, script)
+            await self._go_on(parent, run, script.actions, most=cut)
+            child = await fork(parent, run, script)
+            members = [(parent, run, script), child, await fork(parent, run, other), await fork(*child[:2], other)]
+            for turn in range(cut + 1, MOST_TURNS):
+                turns = (self._go_on(env, its, followed.actions, most=turn) for env, its, followed in members)
+                for failure in await asyncio.gather(*turns, return_exceptions=True):
+                    if failure is not None:
+                        raise failure
+                if turn == cut + 1 and not child[1].ended:
+                    members.append(await fork(*child[:2], script))
+                if all(its.ended for _, its, _ in members):
+                    break
+            return [(followed, its) for _, its, followed in members]
         finally:
-            for env in (*twins, parent):
-                await env.close()
+            async with contextlib.AsyncExitStack() as closing:
+                for env in envs:
+                    closing.push_async_callback(env.close)
 
     async def begin_and_fork(self, script: Script) -> None:
         """Fork right after ``reset``, and throw the fork away; whatever ``fork`` raises comes through."""

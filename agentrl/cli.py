@@ -26,6 +26,8 @@ agentrl: train and evaluate tool-using language models
   agentrl train ENV --policy DIR  train with group rollouts
   agentrl algorithms [NAME]       the algorithms for --algorithm.name; with a name, its formula, choices and source
   agentrl eval ENV --policy P     pass@k with intervals; P is a Hugging Face folder or an OpenAI-compatible base URL
+  agentrl compare @ FILE          train the methods of FILE on several seeds at the same budget, and compare them
+  agentrl replay RUN              the rollouts of a run; with --rollout, grows one again and shows the first difference
   agentrl new NAME                write a new environment folder with its test
   agentrl check ENV               the conformance kit
   agentrl keys                    every configuration key with its default
@@ -35,11 +37,14 @@ agentrl: train and evaluate tool-using language models
 ENV is a registered name, a folder here with an ENV, file.py:Class or module:Class.
 Configuration: @ file.toml, then AGENTRL_SECTION__KEY variables, then --section.key value.
 
-  --out DIR        run folder (train, sft, demo); default runs/ENV-DATE-TIME
+  --out DIR        run folder (train, sft, demo, compare, which needs it); default runs/ENV-DATE-TIME
   --resume         go on with the run in --out (train)
   --dry-run        check everything and print the configuration, then stop (train)
   --compare P      a second policy on the same tasks, and their paired difference (eval)
-  --json FILE      write the result as JSON (eval, check)
+  --rollout ID     STEP/INDEX or STEP/TASK_ID (replay)
+  --recorded-tokens  replay with the recorded tokens, where the weights of then are gone (replay)
+  --live           run the tools again instead of answering from the record (replay)
+  --json FILE      write the result as JSON (eval, check, replay)
   --short          every part of the demo in about a minute (demo)
 
 sandbox serve takes --host 127.0.0.1, --port 8421 (0: any free one), --certfile and --keyfile for TLS, --token-file
@@ -47,10 +52,10 @@ sandbox serve takes --host 127.0.0.1, --port 8421 (0: any free one), --certfile 
 one client, and --idle-seconds 600, after which the sessions of a silent client are closed.
 """
 
-OPTIONS = {"policy", "out", "resume", "dry_run", "compare", "json", "short"}
+OPTIONS = {"policy", "out", "resume", "dry_run", "compare", "json", "short", "rollout", "recorded_tokens", "live"}
 """Flags that are not configuration keys."""
 
-VALUED = {"policy", "out", "compare", "json"}
+VALUED = {"policy", "out", "compare", "json", "rollout"}
 """Those of them that need a value."""
 
 
@@ -85,8 +90,11 @@ def main(argv: list[str] | None = None) -> None:
             raise
         sys.exit(_fail(f"disk full: {error}. Free some space, or choose another folder with --out.", 2))
     except KeyboardInterrupt:
-        hint = "; go on with: agentrl train --resume --out DIR" if words[0] == "train" else ""
-        sys.exit(_fail(f"interrupted{hint}", 130))
+        hints = {
+            "train": "; go on with: agentrl train --resume --out DIR",
+            "compare": "; go on with the same command, which does not repeat what is done",
+        }
+        sys.exit(_fail(f"interrupted{hints.get(words[0], '')}", 130))
 
 
 def _fail(error: object, status: int) -> int:
@@ -194,6 +202,34 @@ def _eval(words: list[str]) -> None:
     run_eval(config, [p for p in policies if p], Path(str(target)) if target else None)
 
 
+def _compare(words: list[str]) -> None:
+    from agentrl.run import run_compare
+
+    arguments = Arguments(words, None, {"policy", "out"})
+    if arguments.file is None:
+        raise ConfigError("expected @ file.toml with a table [compare]; docs/comparison.md shows one.")
+    if "out" not in arguments.options:
+        raise ConfigError("compare needs --out DIR; the same command with the same DIR goes on where it was stopped.")
+    policy = arguments.options.get("policy")
+    overrides = arguments.overrides | ({"policy.path": policy} if policy else {})
+    run_compare(arguments.file, overrides, Path(str(arguments.options["out"])))
+
+
+def _replay(words: list[str]) -> None:
+    from agentrl.run import run_replay
+
+    arguments = Arguments(words, "a run folder", _REPLAY_OPTIONS, configured=False)
+    rollout, target = (str(arguments.options.get(name) or "") for name in ("rollout", "json"))
+    if not rollout and arguments.options:
+        raise UserError("expected --rollout STEP/INDEX; without it and without other options, the rollouts are listed.")
+    modes = {name: bool(arguments.options.get(name)) for name in ("recorded_tokens", "live")}
+    if not run_replay(Path(arguments.name), rollout, Path(target) if target else None, **modes):
+        sys.exit(1)
+
+
+_REPLAY_OPTIONS = {"rollout", "recorded_tokens", "live", "json"}
+
+
 def _new(words: list[str]) -> None:
     from agentrl.scaffold import new_env
 
@@ -265,6 +301,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sft": _sft,
     "train": _train,
     "eval": _eval,
+    "compare": _compare,
+    "replay": _replay,
     "new": _new,
     "check": _check,
     "keys": _keys,

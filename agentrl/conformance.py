@@ -203,7 +203,7 @@ async def _check_deadline(trial: Trial) -> str:
 
 
 async def _check_fork(trial: Trial) -> str:
-    """Forks go on as the episode itself would, whatever their siblings do; a refusal is declared."""
+    """Forks, and forks of forks, go on as the episode played alone, whatever the others do; a refusal is declared."""
     level = getattr(trial.player.make(), "fork_level", None)
     _require(isinstance(level, ForkLevel), f"fork_level is {level!r}; expected one of {', '.join(ForkLevel)}.")
     if level is ForkLevel.REFUSED:
@@ -214,11 +214,16 @@ async def _check_fork(trial: Trial) -> str:
         raise Broken("fork_level is 'refused', but fork() gave an environment; expected ForkRefused.")
     forked = 0
     for script, run in trial.played:
-        turns = len(run.steps)
-        for cut in sorted({1, turns // 2, turns - 1} - {0, turns}):
-            for twin in await trial.player.play_forked(script, cut):
-                _same(run, twin, f"{script}: a fork after turn {cut}")
+        turns, of_task = len(run.steps), [s for s, _ in trial.played if s.task is script.task]
+        for cut in sorted({0, 1, turns - 1} - {turns} - ({0} if script is not of_task[0] else set())):
+            stray = of_task[0] if cut else of_task[-1]
+            begun = tuple(script.actions[min(i, len(script.actions) - 1)] for i in range(cut))
+            other = Script(f"{script.name}, from turn {cut + 1} {stray.name},", script.task, begun + stray.actions)
+            strayed = await trial.player.play(other)
+            for followed, twin in await trial.player.play_forked(script, other, cut):
+                _same(run if followed is script else strayed, twin, f"{followed}: a fork after turn {cut}")
                 forked += 1
+            forked -= 1  # the parent
     return f"{level}: {forked} forks equal replay"
 
 

@@ -16,7 +16,8 @@
     │   │   └── SandboxError        the sandbox itself failed or was lost
     │   │       ├── SessionClosed   a session was used after its close or its program's end
     │   │       └── SessionFrozen   a session was used after it had been forked
-    │   └── DeadlineExceeded        an episode or a tool ran out of time; names what was stuck
+    │   ├── DeadlineExceeded        an episode or a tool ran out of time; names what was stuck
+    │   └── NotRecorded             a replay came to where its record has nothing to say
     ├── ForkRefused                 the environment's state cannot be forked; lists why
     ├── IsolationUnavailable        this machine cannot isolate a sandbox; lists what is missing
     ├── SamplerError                the sampling engine failed or was closed
@@ -102,6 +103,10 @@ class SessionFrozen(SandboxError):
 
 class DeadlineExceeded(EnvError):
     """A deadline passed; the message names what was stuck."""
+
+
+class NotRecorded(EnvError):
+    """A replay asked for a completion or a tool result that its record does not have."""
 
 
 class ForkRefused(AgentRLError):

@@ -1,16 +1,20 @@
-"""The learning curve of a run as a PNG, through matplotlib (the extra ``plots``)."""
+"""Learning curves as a PNG, of a run and of methods compared, through matplotlib (the extra ``plots``)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from agentrl.equal_cost import Band
 from agentrl.errors import UserError
 from agentrl.stats import Estimate
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.
 _REWARD, _CALLS, _FAILURES, _BEFORE, _AFTER = "#0072B2", "#009E73", "#D55E00", "#7F7F7F", "#000000"
+_METHODS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+_LINES = ("solid", (0, (5, 2)), (0, (1, 1)), (0, (5, 2, 1, 2)))
 _STYLE: dict[str, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -48,14 +52,7 @@ def learning_curve(
     steps, rewards = _series(metrics, "reward")
     if not steps:
         raise UserError(f"nothing to draw: none of {len(metrics)} metrics lines has a reward. Has a step been done?")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UserError('drawing needs matplotlib: pip install "agentrl[plots]"') from error
-    # A Figure of its own draws with Agg and leaves pyplot's backend and open figures, which are the user's, alone.
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
+    with _figure() as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
         marker = "." if len(steps) < 20 else None
         top.plot(steps, rewards, color=_REWARD, alpha=0.4, linewidth=1, marker=marker, label="reward of the step")
@@ -70,6 +67,59 @@ def learning_curve(
         figure.align_ylabels()
         figure.savefig(path, format="png")
     return Path(path)
+
+
+def cost_curves(
+    bands: Mapping[str, Band], reference: str, path: Path | str, *, unit: str, title: str = "Equal cost"
+) -> Path:
+    """Draw reward against cost, a line and a band over seeds for each method; 1000 x 600 pixels.
+
+    Args:
+        bands: by method, the reference among them; one without points gets no line.
+        reference: whose last value is drawn across, since the others are asked when they reach it.
+        path: where the PNG goes.
+        unit: what the cost is counted in, for the label of the axis.
+        title: heading of the figure.
+
+    Raises:
+        UserError: matplotlib is not installed, or there is nothing to draw.
+    """
+    drawn = {method: band for method, band in bands.items() if band.cost}
+    if not drawn:
+        raise UserError("nothing to draw: no method has a reward on every seed.")
+    with _figure() as figure:
+        axes = figure.subplots()
+        for number, (method, band) in enumerate(drawn.items()):
+            color, line = _METHODS[number % len(_METHODS)], _LINES[number % len(_LINES)]
+            axes.fill_between(band.cost, band.low, band.high, color=color, alpha=0.12, linewidth=0)
+            axes.plot(band.cost, band.mean, color=color, linestyle=line, linewidth=2.2, label=method)
+        if reference in drawn:
+            axes.axhline(drawn[reference].mean[-1], color="#7F7F7F", linewidth=1, linestyle=(0, (1, 3)))
+        # Intervals of few seeds reach beyond what a reward can be; the lines are what the scale is for.
+        means = [value for band in drawn.values() for value in band.mean]
+        axes.set(xlabel=f"{unit} so far", ylabel="mean reward on held-out tasks", xlim=(0, None))
+        axes.set_ylim(*_extent([means]))
+        axes.set_title(title, fontsize=13, fontweight="bold", pad=30)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+        figure.savefig(path, format="png")
+    return Path(path)
+
+
+@contextmanager
+def _figure() -> Iterator[Any]:
+    """A figure in our style, while the block lasts.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise UserError('drawing needs matplotlib: pip install "agentrl[plots]"') from error
+    # A Figure of its own draws with Agg and leaves pyplot's backend and open figures, which are the user's, alone.
+    with matplotlib.rc_context(_STYLE):
+        yield Figure(figsize=(10, 6), dpi=100, layout="constrained")
 
 
 def _draw_estimates(axes: Any, steps: Sequence[int], before: Estimate | None, after: Estimate | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,18 @@ from agentrl import registry
 from agentrl._durable import disk_full_explained
 from agentrl.assemble import env_factory, use_threads
 from agentrl.collapse import Watch
+from agentrl.compare import compare, load_plan
+from agentrl.compare_report import remarks, tables, write_comparison
 from agentrl.config import RunConfig, load_config
 from agentrl.demonstrations import Tokens, encode, record
-from agentrl.errors import ConfigError, RunFolderError, UserError
+from agentrl.equal_cost import Row, summarise
+from agentrl.errors import ConfigError, RunFolderError, TrainingError, UserError
 from agentrl.evaluate import Evaluation, compare_evaluations, evaluate, on_leaf, table
 from agentrl.learner import distributed
 from agentrl.progress import StepTable, console, progress_bar
+from agentrl.recorded import find, listing
 from agentrl.renderer import Renderer
+from agentrl.replay import replay
 from agentrl.sandbox.shared import close_shared_sandboxes
 from agentrl.seeds import derive_seed
 from agentrl.tasks import TaskStream
@@ -268,6 +273,49 @@ def evaluate_with_bar(config: RunConfig, policy: str, title: str) -> Evaluation:
     """``evaluate`` with a progress bar."""
     with progress_bar(title, config.eval.tasks * config.eval.samples) as advance:
         return asyncio.run(evaluate(config, policy, progress=on_leaf(advance)))
+
+
+def run_compare(file: str, overrides: Mapping[str, Any], out: Path) -> list[Row]:
+    """Run the comparison in ``file``, or what of it is left to do; print its table, write its JSON and its plot.
+
+    Raises:
+        UserError: something in the file, the policy or the environment that can be told before anything is run.
+        TrainingError: every run of the reference method failed.
+    """
+    plan = load_plan(file, overrides)
+    for config in {method: config for (method, _), config in plan.configs.items()}.values():
+        _check_inputs(config)
+    plan = replace(plan, configs={key: _anchored(config) for key, config in plan.configs.items()})
+    runs = compare(plan, out, failed=lambda line: console.print(line, style="red", markup=False))
+    rows = summarise(runs, plan.reference, plan.unit, plan.budget)
+    for view in tables(rows, plan):
+        console.print(view)
+    for remark in remarks(rows, runs, plan):
+        console.print(remark, markup=False, highlight=False)
+    for path in write_comparison(plan, runs, rows, out):
+        console.print(f"wrote {path}")
+    if not rows[0].finished:
+        raise TrainingError(f"every run of {plan.reference} failed, so there is nothing to compare with; see above.")
+    return rows
+
+
+def run_replay(run: Path, rollout: str, target: Path | None, *, recorded_tokens: bool, live: bool) -> bool:
+    """Grow a recorded tree again and print the verdict, or, without ``rollout``, what there is; whether all is equal.
+
+    Raises:
+        UserError: no such run or tree, or its weights are not there any more.
+    """
+    if not rollout:
+        for line in listing(run):
+            print(line)
+        return True
+    _require_folder(target)
+    verdict = asyncio.run(replay(find(run, rollout), recorded_tokens=recorded_tokens, live=live))
+    for line in verdict.lines():
+        print(line)
+    if target is not None:
+        target.write_text(json.dumps(verdict.to_json(), indent=2, default=str) + "\n")
+    return verdict.difference is None
 
 
 def run_check(config: RunConfig, target: Path | None) -> bool:

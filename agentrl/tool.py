@@ -47,11 +47,14 @@ class Tool:
         schema: the OpenAI function schema shown to the policy.
         timeout: seconds that one call may take (default 10).
         fork_level: what ``fork`` guarantees; the default, ``copy``, suits tools without state.
+        pure: whether a call gives the same result when the episode is played again, and changes nothing outside the
+            episode; then calls may be repeated where a fork is refused. Default False.
     """
 
     name: str = ""
     timeout: float = 10.0
     fork_level: ForkLevel = ForkLevel.COPY
+    pure: bool = False
 
     async def start(self, seed: int) -> None:
         """Called once at the start of an episode; ``seed`` feeds whatever randomness the tool has."""
@@ -66,9 +69,10 @@ class Tool:
         Raises:
             ForkRefused: where the state cannot be forked.
         """
-        if self.fork_level is ForkLevel.COPY:
+        if self.fork_level is ForkLevel.COPY and type(self).close is Tool.close:
             return self
-        raise ForkRefused(f"tool {self.name!r} declares fork level {self.fork_level} but defines no fork().")
+        closing = " and has a close()" if self.fork_level is ForkLevel.COPY else ""
+        raise ForkRefused(f"tool {self.name!r} declares fork level {self.fork_level}{closing} but defines no fork().")
 
     async def close(self) -> None:
         """Called once at the end of an episode."""
@@ -86,10 +90,12 @@ class Tool:
 class FunctionTool(Tool):
     """A plain function as a tool. A sync one runs in a thread of its own, so that it cannot stall other episodes."""
 
-    def __init__(self, function: Callable[..., Any], *, name: str | None = None, timeout: float = 10.0) -> None:
+    def __init__(
+        self, function: Callable[..., Any], *, name: str | None = None, timeout: float = 10.0, pure: bool = False
+    ) -> None:
         self.function = function
         self.name = name or function.__name__
-        self.timeout = timeout
+        self.timeout, self.pure = timeout, pure
         self._awaited = inspect.iscoroutinefunction(function)
         _schema(function, self.name)
         _arguments_check(function)  # not in the first call: it takes milliseconds
@@ -104,9 +110,16 @@ class FunctionTool(Tool):
 @overload
 def tool(function: Callable[..., Any], /) -> FunctionTool: ...
 @overload
-def tool(*, name: str | None = None, timeout: float = 10.0) -> Callable[[Callable[..., Any]], FunctionTool]: ...
 def tool(
-    function: Callable[..., Any] | None = None, /, *, name: str | None = None, timeout: float = 10.0
+    *, name: str | None = None, timeout: float = 10.0, pure: bool = False
+) -> Callable[[Callable[..., Any]], FunctionTool]: ...
+def tool(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    timeout: float = 10.0,
+    pure: bool = False,
 ) -> FunctionTool | Callable[[Callable[..., Any]], FunctionTool]:
     """Make a tool of a function.
 
@@ -114,13 +127,14 @@ def tool(
         function: typed, with a docstring whose Args section describes every parameter.
         name: what the policy calls it; default the function's name.
         timeout: seconds that one call may take.
+        pure: whether a call may be repeated; see ``Tool``.
 
     Raises:
         ToolSchemaError: a type hint or the description of a parameter is missing.
     """
     if function is not None:
         return FunctionTool(function)
-    return lambda f: FunctionTool(f, name=name, timeout=timeout)
+    return lambda f: FunctionTool(f, name=name, timeout=timeout, pure=pure)
 
 
 async def dispatch(tools: Mapping[str, Tool], call: ToolCall) -> ToolResult:
@@ -147,7 +161,7 @@ async def dispatch(tools: Mapping[str, Tool], call: ToolCall) -> ToolResult:
         failure, content = "exception", f"TimeoutError: {error}"
         if deadline.expired():
             failure, content = "timeout", f"Tool {call.name!r} did not finish within {found.timeout:g} s."
-    except ToolInfrastructureError:
+    except (ToolInfrastructureError, ForkRefused):  # neither is the policy's doing
         raise
     except Exception as error:
         failure, content = "exception", f"{type(error).__name__}: {error}"
@@ -161,7 +175,7 @@ async def dispatch_all(tools: Mapping[str, Tool], calls: tuple[ToolCall, ...]) -
     try:
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(dispatch(tools, call)) for call in calls]
-    except* ToolInfrastructureError as errors:
+    except* (ToolInfrastructureError, ForkRefused) as errors:
         raise errors.exceptions[0] from errors
     return tuple(task.result() for task in running)
 

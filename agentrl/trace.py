@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -44,7 +45,17 @@ from agentrl.errors import NonFiniteError, RunFolderError
 from agentrl.tree_json import dump_tree, load_tree, tree_from_json, tree_to_json
 from agentrl.types import RolloutTree
 
-__all__ = ["Checkpoint", "RunFolder", "latest_checkpoint", "read_metrics", "tree_from_json", "tree_to_json"]
+__all__ = [
+    "Checkpoint",
+    "RunFolder",
+    "latest_checkpoint",
+    "read_metrics",
+    "read_rollouts",
+    "rollout_steps",
+    "tree_from_json",
+    "tree_to_json",
+    "whole_checkpoints",
+]
 
 _LOG = logging.getLogger(__name__)
 _STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -193,16 +204,8 @@ class RunFolder:
         return path
 
     def read_rollouts(self, step: int) -> list[RolloutTree]:
-        """The trees of ``step``.
-
-        Raises:
-            RunFolderError: that step has no rollouts here.
-        """
-        path = self.path / "rollouts" / f"{_step_name(step)}.jsonl"
-        if not path.is_file():
-            raise RunFolderError(f"no rollouts of step {step} in {path.parent}: the run has not done that step.")
-        with open(path, encoding="utf-8") as lines:
-            return [load_tree(line) for line in lines]
+        """The trees of ``step``; see the function of the same name."""
+        return read_rollouts(self.path, step)
 
     def log_metrics(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:
         """Append the line of ``step`` and wait until it is on the disk.
@@ -286,12 +289,45 @@ class RunFolder:
 
 def latest_checkpoint(path: Path | str) -> Checkpoint | None:
     """The newest checkpoint of the run in ``path`` that matches its manifest; damaged ones are named in a warning."""
+    return next(whole_checkpoints(path), None)
+
+
+def whole_checkpoints(path: Path | str) -> Iterator[Checkpoint]:
+    """Those that match their manifests, newest first; damaged ones are named in a warning."""
     for step, folder in _checkpoint_folders(Path(path)):
         problem = damage(folder)
         if problem is None:
-            return Checkpoint(step, folder)
-        _LOG.warning("checkpoint %s is skipped: %s", folder, problem)
-    return None
+            yield Checkpoint(step, folder)
+        else:
+            _LOG.warning("checkpoint %s is skipped: %s", folder, problem)
+
+
+def rollout_steps(path: Path | str) -> list[int]:
+    """The steps whose rollouts are in the run in ``path``."""
+    files = (Path(path) / "rollouts").glob("step_*.jsonl")
+    return sorted(int(match[1]) for file in files if (match := _STEP_NAME.fullmatch(file.stem)))
+
+
+def read_rollouts(path: Path | str, step: int, first: int | None = None) -> list[RolloutTree]:
+    """The trees of ``step`` of the run in ``path``, also of one that is running; only the ``first`` of them if asked.
+
+    Raises:
+        RunFolderError: that step has no rollouts here, or a line cannot be read.
+    """
+    file = Path(path) / "rollouts" / f"{_step_name(step)}.jsonl"
+    if not file.is_file():
+        raise RunFolderError(f"no rollouts of step {step} in {file.parent}: the run has not done that step.")
+    trees: list[RolloutTree] = []
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(islice(lines, first), start=1):
+            try:
+                trees.append(load_tree(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunFolderError(
+                    f"{file}, line {number} cannot be read ({type(error).__name__}: {error}): expected one rollout "
+                    "tree as JSON. The file was damaged after it was written, or another version of agentrl wrote it."
+                ) from error
+    return trees
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:

@@ -73,7 +73,14 @@ def tree_from_json(data: Mapping[str, Any]) -> RolloutTree:
         ),
         nodes=tuple(_node_from_json(node) for node in data["nodes"]),
         leaves=tuple(
-            Leaf(**{**leaf, "outcome": Outcome(leaf["outcome"]), "name": tuple(leaf["name"])})
+            Leaf(
+                **{
+                    **leaf,
+                    "outcome": Outcome(leaf["outcome"]),
+                    "name": tuple(leaf["name"]),
+                    "tool_results": tuple(ToolResult(**result) for result in leaf.get("tool_results", ())),
+                }
+            )
             for leaf in data["leaves"]
         ),
         temperature=data["temperature"],
@@ -94,10 +101,7 @@ def _node_to_json(node: Node) -> dict[str, Any]:
         "entropies": list(node.entropies),
         "policy_version": list(node.policy_version),
         "messages": [_message_to_json(message) for message in node.messages],
-        "tool_results": [
-            {"call_id": r.call_id, "name": r.name, "content": r.content, "error": r.error, "seconds": r.seconds}
-            for r in node.tool_results
-        ],
+        "tool_results": [asdict(result) for result in node.tool_results],
         "stop_reason": node.stop_reason,
     }
 
@@ -126,6 +130,7 @@ def _leaf_to_json(leaf: Leaf) -> dict[str, Any]:
         "seconds": leaf.seconds,
         "metrics": dict(leaf.metrics),
         "name": list(leaf.name),
+        "tool_results": [asdict(result) for result in leaf.tool_results],
     }
 
 

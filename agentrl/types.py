@@ -274,6 +274,7 @@ class Leaf:
         seconds: wall time of the trajectory.
         metrics: counts by name (turns, tool calls, failed calls).
         name: the number of its root, then the turn of each fork on its way (and, in ``expand_tree``, of the draw).
+        tool_results: of the calls in its last turn, which no node holds because no turn came after them.
     """
 
     node: int
@@ -284,6 +285,7 @@ class Leaf:
     seconds: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     name: tuple[int, ...] = ()
+    tool_results: tuple[ToolResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

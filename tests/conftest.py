@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -111,13 +112,17 @@ def policy_folder(trained_model, tokenizer, tmp_path_factory) -> Path:
 
 
 class ScriptedSampler:
-    """Writes what ``script(prompt ids, params)`` says; a text without the end token stops for its length."""
+    """Writes what ``script(prompt ids, params)`` says; a text without the end token stops for its length.
+
+    ``entropy(prompt length, place)`` is that of a token; they are streamed one by one.
+    """
 
     version, max_length, deterministic = 0, 512, True
 
     def __init__(self, tokenizer: Any, script: Callable[[Sequence[int], SamplingParams], Any]) -> None:
         self.tokenizer, self.script = tokenizer, script
         self.requests: list[tuple[tuple[int, ...], SamplingParams]] = []
+        self.entropy: Callable[[int, int], float] = lambda length, place: 0.0
 
     async def sample(self, token_ids: Sequence[int], params: SamplingParams) -> Completion:
         self.requests.append((tuple(token_ids), params))
@@ -126,11 +131,16 @@ class ScriptedSampler:
         ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])[: params.max_tokens]
         reason = StopReason.STOP if ids and ids[-1] in params.stop_ids else StopReason.LENGTH
         zeros = (0.0,) * len(ids)
-        return Completion(ids, zeros, zeros, reason, (self.version,) * len(ids), params.temperature, params.top_p)
+        entropies = tuple(self.entropy(len(token_ids), place) for place in range(len(ids)))
+        return Completion(ids, zeros, entropies, reason, (self.version,) * len(ids), params.temperature, params.top_p)
 
     async def stream(self, token_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenEvent]:
-        raise NotImplementedError
-        yield
+        done = await self.sample(token_ids, params)
+        tokens = zip(done.token_ids, done.logprobs, done.entropies, strict=True)
+        for place, (token, logprob, entropy) in enumerate(tokens, 1):
+            await asyncio.sleep(0)
+            reason = done.stop_reason if place == len(done.token_ids) else None
+            yield TokenEvent(token, logprob, entropy, self.version, reason)
 
     async def update_weights(self, source: Any, version: int) -> None:
         self.version = version

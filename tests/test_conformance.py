@@ -238,7 +238,7 @@ async def test_forks_that_share_state():
             call = Message("assistant", "", (ToolCall("c", "double", {"x": 1}),))
             return [call, call, Message("assistant", task.answer)]
 
-    assert "a fork after turn 1 gave" in (await failed(Counting))["fork"]
+    assert "a fork after turn 0 gave" in (await failed(Counting))["fork"]
 
 
 async def test_fork_levels_are_declared():
@@ -269,3 +269,59 @@ async def test_the_fixture_lists_what_failed(env_conformance):
     assert len(await env_conformance(Good, tasks=1)) == 2 + len(CHECKS)
     with pytest.raises(AssertionError, match=r"breaks its contract:\n  reward: .*reward_range"):
         await env_conformance(Generous, tasks=1)
+
+
+async def test_forks_by_replay():
+    class Counting(Counter):
+        fork_level = ForkLevel.REPLAY
+
+    class Replayed(Good):
+        def make_tools(self):
+            return [Counting()]
+
+        def expert(self, task, rng):
+            call = Message("assistant", "", (ToolCall("c", "double", {"x": 1}),))
+            return [call, call, Message("assistant", task.answer)]
+
+    details = {check.name: (check.ok, check.detail) for check in await check_env(Replayed)}
+    assert details["fork"][0]
+    assert details["fork"][1].startswith("replay: ")
+
+    class Timed(Counting):
+        async def run(self, x: int) -> str:
+            """Tell the time.
+
+            Args:
+                x: anything.
+            """
+            return f"{time.perf_counter_ns()}"
+
+    class Unrepeatable(Replayed):
+        def make_tools(self):
+            return [Timed()]
+
+    assert "raised ForkRefused: Unrepeatable cannot be replayed: tool 'double'" in (await failed(Unrepeatable))["fork"]
+
+
+async def test_forks_of_forks_that_share_state():
+    class Twice(Counter):
+        """The first fork is a fork; a fork of it is itself."""
+
+        forked = False
+
+        async def fork(self):
+            if self.forked:
+                return self
+            twin = Twice()
+            twin.calls, twin.forked = self.calls, True
+            return twin
+
+    class Env(Good):
+        def make_tools(self):
+            return [Twice()]
+
+        def expert(self, task, rng):
+            call = Message("assistant", "", (ToolCall("c", "double", {"x": 1}),))
+            return [call, call, Message("assistant", task.answer)]
+
+    assert "a fork after turn" in (await failed(Env))["fork"]

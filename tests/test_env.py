@@ -5,8 +5,9 @@ import random
 import pytest
 
 from agentrl import Env, Message, Outcome, Task, ToolCall, ToolEnv, require_answer, tool
+from agentrl.env import make_tool
 from agentrl.errors import EnvError, ForkRefused, RewardError, TaskError, ToolInfrastructureError, UnknownName
-from agentrl.tool import Tool
+from agentrl.tool import FunctionTool, Tool
 from agentrl.types import ForkLevel
 
 
@@ -182,28 +183,41 @@ class Counter(Tool):
         self.value += 1
         return str(self.value)
 
-    async def fork(self):
-        return Counter(self.value)
-
     async def close(self):
         self.open = False
 
 
+class Copied(Counter):
+    fork_level = ForkLevel.COPY
+
+    async def fork(self):
+        return type(self)(self.value)
+
+
 class Counting(Doubling):
     max_turns = 10
+    kind = Counter
 
     def make_tools(self):
-        self.counter = Counter()
+        self.counter = self.kind()
         return [self.counter]
 
 
 COUNT = Message("assistant", "", (ToolCall("a", "count"),))
 
 
-async def test_forks_are_independent():
-    env = await started(Counting)
+class CountingCopied(Counting):
+    kind = Copied
+
+
+@pytest.mark.parametrize("cls", [Counting, CountingCopied])
+async def test_forks_are_independent(cls):
+    env = await started(cls)
     await env.step(COUNT)
     twin = await env.fork()
+    assert twin.forked is cls.kind.fork_level
+    assert env.forked is None
+    assert twin.counter is twin._tools["count"] is not env.counter
     for expected in ("2", "3"):
         assert (await twin.step(COUNT)).observation[0].content == expected
     assert (await env.step(COUNT)).observation[0].content == "2"
@@ -261,3 +275,293 @@ async def test_one_failing_close_does_not_leak_the_other_tools():
 def test_experts_are_optional():
     with pytest.raises(NotImplementedError, match=r"define expert\(task, rng\)"):
         Doubling().expert(TASK, random.Random(0))
+
+
+# -- forks by replay --------------------------------------------------------------------------------------------------
+
+
+async def test_a_replay_has_the_seed_the_task_and_whatever_setup_makes():
+    class Seeded(Counter):
+        async def start(self, seed):
+            self.value = seed
+
+    class Env(Counting):
+        kind = Seeded
+
+        def __init__(self, data):
+            self.data = data
+
+        async def setup(self, task):
+            self.pages = [task.id]
+
+        async def step(self, action):
+            self.pages.append("turned")
+            return await super().step(action)
+
+    data = ["shared"]
+    env = Env(data)
+    await env.reset(seed=40, options={"task": TASK})
+    for expected in ("41", "42"):
+        assert (await env.step(COUNT)).observation[0].content == expected
+    twin = await (await env.fork()).fork()
+    assert (twin.task, twin.forked, twin._turns, twin._calls) == (TASK, ForkLevel.REPLAY, 2, 2)
+    assert twin.pages == env.pages == [TASK.id, "turned", "turned"]
+    assert twin.pages is not env.pages
+    assert twin.data is data
+    assert (await twin.step(COUNT)).observation[0].content == "43"
+    assert len(env.pages) == 3
+
+
+async def test_a_drawn_task_and_no_seed_are_replayed_too():
+    env = Counting()
+    await env.reset()
+    await env.step(COUNT)
+    assert (await env.fork()).task is env.task
+
+
+class Clock(Counter):
+    """Counts the calls of all episodes."""
+
+    ticks = 0
+
+    async def run(self) -> str:
+        """Count."""
+        Clock.ticks += 1
+        return "at " + "0" * 200 + str(Clock.ticks)
+
+
+async def test_a_replay_that_gives_something_else_is_refused_naming_the_call():
+    class Env(Counting):
+        kind = Clock
+
+    Clock.ticks = 0
+    env = await started(Env)
+    await env.step(COUNT)
+    await env.step(COUNT)
+    said = r"tool 'count', called again in turn 1 with \{\}, gave '0+3' instead of '0+1' from character 173\."
+    with pytest.raises(ForkRefused, match=said):
+        await env.fork()
+    assert env.counter.open
+    assert (await env.step(COUNT)).observation[0].content.endswith("4"), "what was to be forked goes on"
+
+
+async def test_a_replay_is_refused_where_the_kind_of_error_the_opening_or_the_end_differs():
+    class Failing(Counter):
+        made = 0
+
+        def __init__(self):
+            super().__init__()
+            Failing.made += 1
+            self.first = Failing.made == 1
+
+        async def run(self) -> str:
+            """Fail, but not the first one."""
+            if self.first:
+                return "fine"
+            raise ValueError("late")
+
+    class Env(Counting):
+        kind = Failing
+
+    env = await started(Env)
+    await env.step(COUNT)
+    with pytest.raises(ForkRefused, match=r"gave exception instead of none: 'ValueError: late'"):
+        await env.fork()
+
+    class Moody(Counting):
+        greetings = iter(["hello", "good-bye"])
+
+        @property
+        def system(self):
+            return next(self.greetings)
+
+    class Opening(Moody):
+        async def reset(self, **options):
+            Opening.system = next(self.greetings)
+            return await super().reset(**options)
+
+    env = await started(Opening)
+    with pytest.raises(ForkRefused, match="opens with other messages"):
+        await env.fork()
+
+    env = await started(Counting)
+    await env.step(COUNT)
+    await env.step(COUNT)
+    env._before["max_turns"] = 1
+    with pytest.raises(ForkRefused, match="Counting cannot be replayed: it was over after turn 1"):
+        await env.fork()
+
+
+async def test_a_failing_replay_closes_what_it_opened():
+    opened = []
+
+    class Noted(Clock):
+        def __init__(self):
+            super().__init__()
+            opened.append(self)
+
+    class Env(Counting):
+        kind = Noted
+
+    env = await started(Env)
+    await env.step(COUNT)
+    with pytest.raises(ForkRefused):
+        await env.fork()
+    assert [tool.open for tool in opened] == [True, False]
+
+
+# -- refusals at run time ---------------------------------------------------------------------------------------------
+
+
+class Held(Counter):
+    """A live state that can be forked until it has counted to two."""
+
+    fork_level = ForkLevel.SNAPSHOT
+
+    async def fork(self):
+        if self.value > 1:
+            raise ForkRefused("it counts too far", ["far", "too far"])
+        return type(self)(self.value)
+
+
+class PureHeld(Held):
+    pure = True
+
+
+class CountingHeld(Counting):
+    kind = Held
+
+
+class CountingPure(Counting):
+    kind = PureHeld
+
+
+async def test_a_refusal_falls_back_to_a_replay_only_where_the_calls_are_pure():
+    env = await started(CountingPure)
+    await env.step(COUNT)
+    assert (await env.fork()).forked is ForkLevel.SNAPSHOT
+    await env.step(COUNT)
+    twin = await env.fork()
+    assert twin.forked is ForkLevel.REPLAY
+    assert (await twin.step(COUNT)).observation[0].content == "3"
+    env = await started(CountingHeld)
+    await env.step(COUNT)
+    await env.step(COUNT)
+    said = r"CountingHeld cannot fork: tool 'count': it counts too far Its calls .* count is not declared pure"
+    with pytest.raises(ForkRefused, match=said) as refusal:
+        await env.fork()
+    assert refusal.value.reasons == ("far", "too far")
+
+
+async def test_every_tool_that_was_called_has_to_be_pure():
+    class Both(CountingPure):
+        def make_tools(self):
+            return [*super().make_tools(), FunctionTool(double.function, pure=self.pure)]
+
+    async def after(pure, *actions):
+        Both.pure = pure
+        env = await started(Both)
+        for action in (COUNT, COUNT, *actions):
+            await env.step(action)
+        return await env.fork()
+
+    assert (await after(False)).forked is ForkLevel.REPLAY, "who was not called need not be"
+    assert (await after(True, call(1))).forked is ForkLevel.REPLAY
+    with pytest.raises(ForkRefused, match="double is not declared pure"):
+        await after(False, call(1))
+
+
+async def test_purity_is_declared_with_the_tool():
+    @tool(pure=True)
+    def pure(x: int) -> str:
+        """Be pure.
+
+        Args:
+            x: anything.
+        """
+        return str(x)
+
+    assert pure.pure
+    assert not double.pure
+    assert not make_tool("python").pure
+
+
+async def test_a_tool_that_dies_during_a_fork_is_named_and_what_was_forked_before_it_is_closed():
+    class Dying(Copied):
+        async def fork(self):
+            raise ConnectionError("the backend is gone")
+
+    twins = []
+
+    class Noted(Copied):
+        name = "noted"
+
+        async def fork(self):
+            twins.append(Noted())
+            return twins[-1]
+
+    class Env(Doubling):
+        def make_tools(self):
+            return [Noted(), Dying()]
+
+    env = await started(Env)
+    with pytest.raises(ToolInfrastructureError, match="tool 'count' failed while it was forked: ConnectionError"):
+        await env.fork()
+    assert [twin.open for twin in twins] == [False]
+    assert (await env.step(COUNT)).observation[0].content == "1", "what was to be forked goes on"
+
+
+async def test_a_tool_that_closes_something_is_not_shared_by_its_forks():
+    class Client(Counter):
+        fork_level = ForkLevel.COPY
+
+    class Env(Counting):
+        kind = Client
+
+    env = await started(Env)
+    await env.step(COUNT)
+    with pytest.raises(ForkRefused, match=r"'count' declares fork level copy and has a close\(\) but defines no fork"):
+        await env.fork()
+
+
+async def test_what_the_episode_has_made_is_copied_and_what_was_there_before_is_shared():
+    class Env(CountingCopied):
+        def __init__(self):
+            self.rows = [1, 2, 3]
+
+        async def setup(self, task):
+            self.rng, self.seen = random.Random(1), {"deep": [self.counter]}
+            self.alias = self.seen["deep"]
+
+    env = await started(Env)
+    twin = await env.fork()
+    assert twin.rows is env.rows
+    assert twin.alias is twin.seen["deep"] is not env.alias
+    assert twin.alias == [twin.counter]
+    assert [twin.rng.random() for _ in range(2)] == [env.rng.random() for _ in range(2)]
+
+
+async def test_state_that_cannot_be_copied_is_named():
+    class Env(CountingCopied):
+        async def setup(self, task):
+            self.numbers = (i for i in range(3))
+
+    env = await started(Env)
+    await env.step(COUNT)
+    with pytest.raises(ForkRefused, match="its numbers, a generator, cannot be copied"):
+        await env.fork()
+
+
+async def test_refusals_inside_a_call_are_not_read_by_the_policy():
+    class Frozen(Counter):
+        async def run(self) -> str:
+            """Refuse."""
+            raise ForkRefused("no room")
+
+    class Env(Counting):
+        kind = Frozen
+
+    for calls in (1, 2):
+        env = await started(Env)
+        with pytest.raises(ForkRefused, match="no room"):
+            await env.step(Message("assistant", "", tuple(ToolCall(str(i), "count") for i in range(calls))))

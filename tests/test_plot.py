@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from agentrl.equal_cost import Band
 from agentrl.errors import UserError
-from agentrl.plot import learning_curve
+from agentrl.plot import cost_curves, learning_curve
 from agentrl.stats import Estimate
 
 METRICS: list[dict[str, Any]] = [
@@ -89,3 +90,33 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r'pip install "agentrl\[plots\]"'):
         learning_curve(METRICS, BEFORE, AFTER, tmp_path / "curve.png")
+
+
+# -- methods compared -------------------------------------------------------------------------------------------------
+
+BANDS = {
+    "group": Band([0.0, 50.0, 100.0], [0.2, 0.4, 0.7], [0.1, 0.2, 0.4], [0.3, 0.6, 1.0]),
+    "tree": Band([0.0, 90.0], [0.2, 0.8], [-0.1, 0.7], [0.5, 0.9]),
+    "lost": Band([], [], [], []),
+}
+
+
+def test_each_method_that_has_a_curve_gets_a_line_and_a_band(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = drawn(monkeypatch)
+    path = cost_curves(BANDS, "group", tmp_path / "cost.png", unit="tool calls", title="gazetteer")
+    assert struct.unpack(">II", path.read_bytes()[16:24]) == (1000, 600)
+    axes = saved[0].axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    assert {name: (list(lines[name].get_xdata()), list(lines[name].get_ydata())) for name in ("group", "tree")} == {
+        name: (BANDS[name].cost, BANDS[name].mean) for name in ("group", "tree")
+    }
+    assert "lost" not in lines
+    assert len(axes.collections) == 2
+    assert lines["group"].get_color() != lines["tree"].get_color()
+    assert (axes.get_xlabel(), axes.get_title()) == ("tool calls so far", "gazetteer")
+    assert [list(line.get_ydata()) for line in axes.lines[2:]] == [[0.7, 0.7]], "where the reference ended"
+
+
+def test_methods_without_a_curve_cannot_be_drawn(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no method has a reward on every seed"):
+        cost_curves({"lost": BANDS["lost"]}, "lost", tmp_path / "cost.png", unit="tool calls")

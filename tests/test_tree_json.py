@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 
 from agentrl.errors import NonFiniteError, TaskError
 from agentrl.tree_json import dump_tree, load_tree, tree_from_json, tree_to_json
-from agentrl.types import Leaf, Message, Node, Outcome, RolloutTree, StopReason, Task, ToolCall, ToolResult
+from agentrl.types import (
+    Decision,
+    Leaf,
+    Message,
+    Node,
+    Outcome,
+    RolloutTree,
+    StopReason,
+    Task,
+    ToolCall,
+    ToolResult,
+)
 
 # Lone surrogates included: tokens can decode to half of a character.
 TEXT = st.text(st.characters(), max_size=8)
@@ -53,6 +64,7 @@ def nodes(draw: st.DrawFn) -> Node:
     )
 
 
+NAMES = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 LEAVES = st.builds(
     Leaf,
     st.integers(0, 5),
@@ -62,6 +74,11 @@ LEAVES = st.builds(
     st.none() | TEXT,
     NUMBER,
     st.dictionaries(TEXT, NUMBER, max_size=2),
+    NAMES,
+    st.lists(RESULTS, max_size=2).map(tuple),
+)
+DECISIONS = st.builds(
+    Decision, NAMES, st.integers(0, 9), st.none() | NUMBER, st.none() | NUMBER, st.booleans(), st.booleans(), TEXT
 )
 TASKS = st.builds(
     Task,
@@ -77,6 +94,10 @@ TREES = st.builds(
     st.lists(LEAVES, max_size=3).map(tuple),
     NUMBER,
     NUMBER,
+    st.integers(0, 2**63),
+    st.integers(1, 9),
+    st.lists(DECISIONS, max_size=2).map(tuple),
+    st.dictionaries(TEXT, NUMBER, max_size=2),
 )
 
 
@@ -94,10 +115,26 @@ def test_a_tree_comes_back_as_it_was(tree: RolloutTree) -> None:
 def test_the_fields_have_the_names_of_the_records() -> None:
     data = json.loads(dump_tree(example()))
     assert set(data) == set(RolloutTree.__dataclass_fields__)
-    for row, record in ((data["nodes"][0], Node), (data["leaves"][0], Leaf), (data["task"], Task)):
+    for row, record in (
+        (data["nodes"][0], Node),
+        (data["leaves"][0], Leaf),
+        (data["task"], Task),
+        (data["decisions"][0], Decision),
+    ):
         assert set(row) == set(record.__dataclass_fields__)
     assert data["leaves"][0]["reward"] is None
     assert data["nodes"][1]["author"] == "policy"
+    assert data["leaves"][0]["name"] == [0, 2, 3]
+    assert data["decisions"][1] == {
+        "name": [0, 2, 3],
+        "turn": 4,
+        "signal": None,
+        "draw": 0.5,
+        "wanted": True,
+        "granted": False,
+        "reason": "why",
+    }
+    assert data["spent"] == {"tokens": 2.0, "calls": 0.0, "seconds": 1.5}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -122,6 +159,10 @@ def example() -> RolloutTree:
             Node(-1, "prompt", (5, 6), messages=(prompt,)),
             Node(0, "policy", (7, 8), (-0.5, -0.25), (0.1, 0.2), (3, 3), stop_reason=StopReason.STOP),
         ),
-        leaves=(Leaf(1, None, Outcome.TIMEOUT, seed=4, error="Traceback ...", seconds=1.5),),
+        leaves=(Leaf(1, None, Outcome.TIMEOUT, seed=4, error="Traceback ...", seconds=1.5, name=(0, 2, 3)),),
         top_p=0.9,
+        seed=11,
+        copy=2,
+        decisions=(Decision((0, 2), 3, 0.25, None, True, True), Decision((0, 2, 3), 4, None, 0.5, True, False, "why")),
+        spent={"tokens": 2.0, "calls": 0.0, "seconds": 1.5},
     )

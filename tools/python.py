@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from agentrl.errors import ForkRefused, SandboxError
 from agentrl.sandbox.base import ExecResult, Rng, Sandbox, Session
+from agentrl.sandbox.limit import fork_in_place
 from agentrl.sandbox.shared import shared_sandbox
 from agentrl.tool import Tool
 from agentrl.types import ForkLevel
@@ -116,8 +117,11 @@ class Python(Tool):
             if self._session is not None:
                 try:
                     twin._session = await self._session.fork(self.rng)
-                except ForkRefused as refusal:
+                except ForkRefused as refusal:  # it goes on as it is
                     raise ForkRefused(f"tool {self.name!r}: {refusal}", refusal.reasons) from refusal
+                except BaseException:
+                    self._forked = True  # it may be frozen by now
+                    raise
                 self._forked = True
             return twin
 
@@ -153,7 +157,10 @@ class Python(Tool):
             self._session = session
         elif self._forked:
             frozen = self._session
-            self._session = await frozen.fork()
+            try:
+                self._session = await fork_in_place(frozen)
+            except ForkRefused as refusal:
+                raise SandboxError(f"python: the session was forked and cannot go on itself: {refusal}") from refusal
             self._forked = False
             await frozen.close()
         return self._session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -45,9 +46,15 @@ class Budget:
         """Whether nothing more may be generated; calls may be used up without that."""
         if self._caps.tokens is not None and self.tokens >= self._caps.tokens:
             return True
-        if self._caps.seconds is not None and time.monotonic() - self._began >= self._caps.seconds:
+        if self._caps.seconds is not None and self.seconds_left <= 0:
             return True
         return self._parent is not None and self._parent.exhausted
+
+    @property
+    def seconds_left(self) -> float:
+        """Wall time that is left; infinite where nothing limits it."""
+        own = math.inf if self._caps.seconds is None else self._caps.seconds - (time.monotonic() - self._began)
+        return own if self._parent is None else min(own, self._parent.seconds_left)
 
     def spend_tokens(self, count: int) -> None:
         """Note generated tokens."""
@@ -63,3 +70,9 @@ class Budget:
             return False
         self.calls += count
         return True
+
+    def return_calls(self, count: int) -> None:
+        """Take back what was paid for calls that were not run."""
+        self.calls -= count
+        if self._parent is not None:
+            self._parent.return_calls(count)

@@ -12,12 +12,15 @@ import math
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from agentrl.env import Env
 from agentrl.errors import DeadlineExceeded, IsolationUnavailable, RewardError, SamplerError, UserError
 from agentrl.rollout.writer import Watch, Writer
-from agentrl.types import Leaf, Message, Node, Outcome, StepResult, StopReason, Task
+from agentrl.sandbox.limit import notice
+from agentrl.types import Leaf, Message, Node, Outcome, StepResult, StopReason, Task, ToolResult
 
 CLOSING = 30.0
 """Seconds that an environment may take to close; not part of the episode's deadline."""
@@ -43,6 +46,8 @@ class Progress:
         reward: the sum of the rewards so far.
         calls: tool calls so far.
         failures: of these, how many went wrong, by kind.
+        results: of the calls in the last turn, where the episode ended with them.
+        lacks: what the stage cannot go on without; empty where it goes on.
     """
 
     stage: str = "reset"
@@ -52,23 +57,37 @@ class Progress:
     reward: float = 0.0
     calls: int = 0
     failures: Counter[str] = field(default_factory=Counter)
+    results: tuple[ToolResult, ...] = ()
+    lacks: str = ""
 
     def enter(self, stage: str, action: Message | None = None) -> None:
         """Begin to wait for something else."""
         self.stage, self.action, self.since = stage, action, time.perf_counter()
 
+    @contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        """Inside, the stage waits for ``what``."""
+        self.lacks = what
+        try:
+            yield
+        finally:
+            self.lacks = ""
+
     def fork(self) -> Progress:
         """The progress of a sibling from here on."""
         twin = copy.copy(self)
+        twin.lacks = ""
         twin.failures = self.failures.copy()
         twin.enter("waiting for its turn")
         return twin
 
     def where(self) -> str:
-        """The stage, with the calls that ``env.step`` is at work on."""
+        """The stage, with the calls that ``env.step`` is at work on, and what is missing for it."""
+        lacks = f", waiting for {self.lacks}," if self.lacks else ""
         if self.action is None:
-            return self.stage
-        return f"{self.stage} ({', '.join(c.name or 'malformed call' for c in self.action.tool_calls) or 'answer'})"
+            return self.stage + lacks
+        calls = ", ".join(c.name or "malformed call" for c in self.action.tool_calls) or "answer"
+        return f"{self.stage} ({calls}){lacks}"
 
     def count(self, step: StepResult) -> None:
         """Note what a step did."""
@@ -116,6 +135,7 @@ async def play(
     error: str | None = None
     outcome: Outcome = Outcome.ENV_FAILURE
     reward: float | None = None
+    told = notice.set(progress.waiting_for)
     try:
         async with asyncio.timeout(deadline) as timer:
             outcome, reward = await _turns(env, task, writer, seed, progress, watch or Watch())
@@ -132,18 +152,40 @@ async def play(
     except Exception as failure:
         error = describe(failure)
     finally:
+        notice.reset(told)
         unclosed = await close(env)
     if unclosed is not None and error is None:
         outcome, reward, error = Outcome.ENV_FAILURE, None, unclosed
     seconds = time.perf_counter() - began
     return Played(
         tuple(writer.nodes),
-        Leaf(len(writer.nodes) - 1, reward, outcome, seed, error, seconds, progress.metrics()),
+        Leaf(
+            len(writer.nodes) - 1,
+            reward,
+            outcome,
+            seed,
+            error,
+            seconds,
+            progress.metrics(),
+            tool_results=progress.results,
+        ),
     )
 
 
-async def close(env: Env) -> str | None:
-    """Close ``env``; what went wrong, if anything did."""
+async def close(*envs: Env) -> str | None:
+    """Close ``envs``; what went wrong, if anything did. Who is cancelled meanwhile waits until they are closed."""
+    closing, cancelled = [asyncio.ensure_future(_closed(env)) for env in envs], None
+    while not all(each.done() for each in closing):
+        try:
+            await asyncio.wait(closing)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    return next((problem for each in closing if (problem := each.result()) is not None), None)
+
+
+async def _closed(env: Env) -> str | None:
     try:
         async with asyncio.timeout(CLOSING):
             await env.close()
@@ -176,6 +218,7 @@ async def _turns(
             step = await _step(env, message, reason, watch)
         progress.count(step)
         if step.terminated or step.truncated:
+            progress.results = tuple(step.info.get("tool_results", ()))
             if not math.isfinite(progress.reward):
                 raise RewardError(f"{type(env).__name__}.step gave a reward of {step.reward!r} on task {task.id}.")
             default = Outcome.ANSWERED if step.terminated else Outcome.TURN_LIMIT
@@ -192,4 +235,7 @@ async def _step(env: Env, message: Message, reason: StopReason, watch: Watch) ->
         return await env.truncate(message, Outcome.LENGTH if watch.spend(0) else Outcome.BUDGET)
     if not watch.may_call(len(message.tool_calls)):
         return await env.truncate(message, Outcome.BUDGET)
-    return await env.step(message)
+    step = await env.step(message)
+    if step.info.get("outcome") is Outcome.TOOL_LIMIT and not step.info.get("tool_results"):
+        watch.not_called(len(message.tool_calls))
+    return step

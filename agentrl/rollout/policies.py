@@ -34,13 +34,16 @@ class Policy(BaseModel):
     Attributes:
         forks: whether it needs the environment's state.
         keeps: whether it comes back to states that the trajectory has left.
-        first_tokens: tokens of a turn that ``decide`` looks at; 0: it decides at the tool result itself.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     forks: ClassVar[bool] = True
     keeps: ClassVar[bool] = False
-    first_tokens: int = 0
+
+    @property
+    def looks_at(self) -> int:
+        """Tokens of a turn that ``decide`` waits for; 0: it decides at the tool result itself."""
+        return 0
 
     def check(self, leaves: int, max_tokens: int) -> None:
         """Refuse options that do not go with ``rollout.group`` and ``rollout.max_tokens``.
@@ -72,6 +75,12 @@ class _Branching(Policy):
     """Begins with some trajectories; the others branch off at tool results, or begin anew where too few do."""
 
     initial: int | None = Field(None, ge=1, description="trajectories to begin with; none: half of the leaves")
+    first_tokens: int = Field(0, ge=0, description="k: tokens of a turn that are waited for; 0: none")
+
+    @property
+    def looks_at(self) -> int:
+        """See ``Policy.looks_at``."""
+        return self.first_tokens
 
     def check(self, leaves: int, max_tokens: int) -> None:
         """See ``Policy.check``."""
@@ -106,10 +115,10 @@ class EntropyTree(_Branching):
     """Branch where the policy is less certain after a tool result than it was at first: ARPO, and with options AEPO.
 
     With dH = ``entropy_change`` of the first k tokens *after* the tool result (``first_tokens``) against the first k of
-    the trajectory, and P = (alpha + beta dH) (1 - penalty l), l the tool results in a row at which this path branched:
-    ``threshold`` branches where P > tau, ``bernoulli`` with probability P. A branch begins *before* the k tokens, in a
-    fork of the environment, while the trajectory goes on. One that has branched off is asked again from the next tool
-    result on, and compares with its root's first tokens.
+    the trajectory, and P = (alpha + beta dH) max(0, 1 - penalty l), l the tool results in a row at which this path
+    branched: ``threshold`` branches where P > tau, ``bernoulli`` with probability P. A branch begins *before* the k
+    tokens, in a fork of the environment, while the trajectory goes on. One that has branched off is asked again from
+    the next tool result on, and compares with its root's first tokens.
 
     ``arpo_code`` is the released code's rule: the segment that *ends* with the call, with probability
     ``clip(alpha + beta dH, 0, 1)``. Its entropies are exact here, there of the 10 likeliest tokens.
@@ -143,7 +152,7 @@ class EntropyTree(_Branching):
         segment = point.before if self.rule == "arpo_code" else point.after
         scale = point.vocabulary if self.normalize == "size" else math.log(point.vocabulary)
         signal = entropy_change(segment, point.first, scale, first_tokens=self.first_tokens)
-        p = (self.alpha + self.beta * signal) * (1 - self.penalty * point.streak)
+        p = (self.alpha + self.beta * signal) * max(0.0, 1 - self.penalty * point.streak)
         if self.rule == "threshold":
             return Verdict(p > self.tau, signal)
         return Verdict(uniform < p, signal, uniform)
@@ -152,8 +161,9 @@ class EntropyTree(_Branching):
         """See ``_Branching.begin``; with ``monitor`` after the first of them has ended."""
         if not self.monitor:
             return await super().begin(tree)
-        ahead = await tree.plant(branching=False)
-        tree.claim(1)
+        ahead = await tree.plant(branching=False) if tree.claim(1) else None
+        if ahead is None:
+            return 1, 1
         first, *tools = [_mean(opening) / math.log(ahead.writer.vocabulary) for opening in ahead.openings] or [0.0]
         gap = first - _mean(tools)
         return min(int(tree.leaves / (1 + math.exp(-0.5 * gap))) + 1, tree.leaves), 1
@@ -197,13 +207,15 @@ class ExpandTree(Policy):
             )
 
     async def grow(self, tree: Tree) -> None:
-        """Each of the trees on its own."""
+        """Each of the trees on its own; a leaf that cannot be had for failed forks becomes a new root."""
         async with asyncio.TaskGroup() as trees:
-            for _ in range(self.trees):
+            for _ in range(tree.claim(self.trees)):
                 trees.create_task(self._one(tree))
 
     async def _one(self, tree: Tree) -> None:
         chain = await tree.plant()
+        if chain is None:
+            return
         number = chain.name[0]
         rng = random.Random(derive_seed(tree.seed, tree.task.id, tree.copy, "expand", number))
         for turn in range(self.rounds):
@@ -216,7 +228,8 @@ class ExpandTree(Policy):
             async with asyncio.TaskGroup() as group:
                 for i, state in enumerate(chosen):
                     group.create_task(tree.expand(state, turn * self.nodes + i, group))
-        tree.prune(number, tree.leaves // self.trees, rng)
+        keep = tree.leaves // self.trees
+        await plant_all(tree, tree.claim(keep - tree.prune(number, keep, rng)))
 
 
 POLICIES: Mapping[str, type[Policy]] = {
@@ -261,7 +274,8 @@ async def plant_all(tree: Tree, count: int) -> None:
 async def _root(tree: Tree, share: int) -> None:
     """One of the first trajectories; the branches of its share that nobody made become new roots."""
     planted = await tree.plant()
-    await plant_all(tree, tree.claim(max(0, share - planted.branches)))
+    if planted is not None:
+        await plant_all(tree, tree.claim(max(0, share - planted.branches)))
 
 
 def _mean(values: Sequence[float]) -> float:

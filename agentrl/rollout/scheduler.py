@@ -23,7 +23,8 @@ from agentrl.rollout.budget import Budget, Caps
 from agentrl.rollout.episode import Progress as EpisodeProgress
 from agentrl.rollout.gate import Gate
 from agentrl.rollout.policies import Group, Policy, make_policy
-from agentrl.rollout.tree import Grants, Ground, Name, Tree
+from agentrl.rollout.record import Name, Record
+from agentrl.rollout.tree import Ground, Tree
 from agentrl.rollout.writer import Writer
 from agentrl.types import ForkLevel, Leaf, RolloutTree, SamplingParams, Task
 
@@ -99,25 +100,32 @@ class Scheduler:
         budget = budget or self.step_budget()
         return await self._grow(tasks, self.policy, self._limits.group, seed, budget, self._task_caps, progress)
 
-    async def regrow(self, tree: RolloutTree, grants: Grants, roots: int) -> RolloutTree:
-        """``tree`` again, from its seeds, by ``rollout.policy``: branches begin where ``grants`` says that they did.
+    async def regrow(
+        self,
+        tree: RolloutTree,
+        record: Record,
+        *,
+        policy: Policy | None = None,
+        prepare: Callable[[Env, Name], None] | None = None,
+    ) -> RolloutTree:
+        """``tree`` again, from its seeds: what hung on time is as ``record`` has it, budgets included.
 
         Args:
             tree: what was recorded.
-            grants: by the name and turn of every decision.
-            roots: trajectories that began from the prompt.
+            record: of it.
+            policy: where it grows by another one than ``rollout.policy``.
+            prepare: called with every environment before it is played in or forked, and whose it is.
         """
         again = Tree(
-            self._ground(None),
+            self._ground(None, prepare),
             tree.task,
-            self.policy,
+            policy or self.policy,
             leaves=self._limits.group,
-            budget=Budget(self._task_caps),
+            budget=Budget(Caps()),
             seed=tree.seed,
             copy=tree.copy,
-            grants=grants,
+            record=record,
         )
-        again.unclaimed = roots
         async with self._watching():
             grown: RolloutTree = await _unwrapped(again.grow())
         return grown
@@ -156,7 +164,7 @@ class Scheduler:
         self._check_failures(trees)
         return trees
 
-    def _ground(self, progress: Progress | None) -> Ground:
+    def _ground(self, progress: Progress | None, prepare: Callable[[Env, Name], None] | None = None) -> Ground:
         limits = self._limits
         return Ground(
             self._make_env,
@@ -168,6 +176,7 @@ class Scheduler:
             limits.retries,
             self._playing,
             progress,
+            prepare,
         )
 
     def _check_forks(self) -> None:

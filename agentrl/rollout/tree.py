@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING
@@ -23,16 +23,14 @@ from agentrl.errors import EnvError, ForkRefused, IsolationUnavailable, SamplerE
 from agentrl.rollout.budget import Budget
 from agentrl.rollout.episode import Played, Progress, close, play
 from agentrl.rollout.gate import Gate
+from agentrl.rollout.record import NO_LEAF, Name, Record
 from agentrl.rollout.uncertainty import FIRST_TOKENS
 from agentrl.rollout.writer import Watch, Writer
 from agentrl.seeds import derive_seed
-from agentrl.types import Decision, Leaf, Node, RolloutTree, SamplingParams, Task
+from agentrl.types import Decision, Leaf, Node, Outcome, RolloutTree, SamplingParams, Task
 
 if TYPE_CHECKING:
     from agentrl.rollout.policies import Policy
-
-Name = tuple[int, ...]
-Grants = Mapping[tuple[Name, int], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +47,7 @@ class Ground:
         retries: new attempts at a root whose environment failed.
         playing: the progress of everything that is played now, by task and name; for the stall report.
         progress: called with each leaf as it ends.
+        prepare: called with every environment before it is played in or forked, and whose it is; for replay.
     """
 
     make_env: Callable[[], Env]
@@ -60,6 +59,7 @@ class Ground:
     retries: int
     playing: dict[tuple[str, int, Name], Progress]
     progress: Callable[[Leaf], None] | None = None
+    prepare: Callable[[Env, Name], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +136,10 @@ class Trajectory(Watch):
     _forking: asyncio.Event | None = None
 
     def __post_init__(self) -> None:
-        self.first_tokens = self.tree.policy.first_tokens
-        self.metered = self.tree.budget.metered
+        self.first_tokens = self.tree.policy.looks_at
+        self._cut = self.tree.record.cuts.get(self.name) if self.tree.record else None
+        self.metered = self.tree.budget.metered or self._cut is not None
+        self._written = sum(len(node.token_ids) for node in self.writer.nodes if node.author == "policy")
 
     # -- Watch ----------------------------------------------------------------------------------------------------
 
@@ -155,23 +157,27 @@ class Trajectory(Watch):
     def spend(self, tokens: int) -> bool:
         """See ``Watch``."""
         self.tree.budget.spend_tokens(tokens)
-        return not self.tree.budget.exhausted
+        self._written += tokens
+        return not self._at_cut if self._cut else not self.tree.budget.exhausted
+
+    def take_token(self) -> bool:
+        """See ``Watch``."""
+        return self.spend(0) and self.spend(1) is not None
 
     def may_call(self, calls: int) -> bool:
-        """See ``Watch``."""
-        return self.tree.budget.take_calls(calls)
+        """See ``Watch``; with no token left, nobody would read the results."""
+        if self._cut and self._at_cut and not self._cut.called:
+            return False
+        return not calls or (not self.tree.budget.exhausted and self.tree.budget.take_calls(calls))
 
-    @asynccontextmanager
-    async def stepping(self, calls: int) -> AsyncIterator[None]:
+    def not_called(self, calls: int) -> None:
         """See ``Watch``."""
-        if self._forking is not None:
-            await self._forking.wait()
-            self._forking = None
-        if not calls:
-            yield
-            return
-        async with self.tree.ground.calls.hold(calls):
-            yield
+        self.tree.budget.return_calls(calls)
+
+    def stepping(self, calls: int) -> AbstractAsyncContextManager[None]:
+        """See ``Watch``."""
+        room = self.tree.ground.calls.hold(calls) if calls else nullcontext()
+        return room if self._forking is None or self._forking.is_set() else _after(self._forking, room, self.progress)
 
     async def observed(self) -> None:
         """See ``Watch``."""
@@ -200,9 +206,21 @@ class Trajectory(Watch):
         if wanted and tree.grant(child):
             self.forked = True
             self._forking = asyncio.Event()
-            self.group.create_task(tree.branch(self, child, decision, self._forking))
+            writer = self.writer.fork(tree.derive(*child))  # now: where a turn is short, its end is written next
+            self.group.create_task(tree.branch(self, child, decision, self._forking, writer, self.progress.fork()))
         else:
-            tree.decide(replace(decision, reason="no leaf was left in the budget") if wanted else decision)
+            self.forked = wanted and tree.record is not None and tree.record.began(child)
+            tree.decide(replace(decision, reason=NO_LEAF) if wanted else decision)
+
+    @property
+    def has_branched(self) -> bool:
+        """Whether a branch began from it, whatever became of that."""
+        return self._forking is not None
+
+    @property
+    def _at_cut(self) -> bool:
+        """Whether this is where the recorded trajectory's budget was spent."""
+        return self._cut is not None and self._written >= self._cut.tokens
 
 
 class Tree:
@@ -216,7 +234,7 @@ class Tree:
         budget: what may be spent.
         seed: what all its seeds derive from, with the task's id and ``copy``.
         copy: see ``RolloutTree``.
-        grants: of a recorded tree, which branches were granted; None: as the leaves last.
+        record: of the tree that this one grows again; None: it is a new one.
 
     Attributes:
         unclaimed: leaves that nobody has begun.
@@ -232,11 +250,11 @@ class Tree:
         budget: Budget,
         seed: int,
         copy: int = 1,
-        grants: Grants | None = None,
+        record: Record | None = None,
     ) -> None:
         self.ground, self.task, self.policy, self.leaves, self.budget = ground, task, policy, leaves, budget
-        self.seed, self.copy, self._grants = seed, copy, grants
-        self.unclaimed = leaves
+        self.seed, self.copy, self.record = seed, copy, record
+        self.unclaimed = record.roots if record else leaves
         self._roots = self._started = 0
         self._played: list[Played] = []
         self._decisions: list[Decision] = []
@@ -251,8 +269,7 @@ class Tree:
         try:
             await self.policy.grow(self)
         finally:
-            for state in self._states:
-                await close(state.env)
+            await close(*(state.env for state in self._states))
         self._counts["roots"] = self._roots
         spent = {"tokens": self.budget.tokens, "calls": self.budget.calls, **self._counts}
         return assemble(
@@ -282,25 +299,45 @@ class Tree:
         self.unclaimed -= taken
         return taken
 
-    async def plant(self, *, branching: bool = True) -> Trajectory:
-        """Play a new trajectory from the prompt, until it and everything that branches off it has ended."""
-        number, self._roots = self._roots, self._roots + 1
-        seed = self.derive(number)
+    async def plant(self, *, branching: bool = True) -> Trajectory | None:
+        """Play a new trajectory from the prompt, until it and everything that branches off it has ended.
+
+        None where the budget was spent before there was room for it.
+        """
         async with asyncio.TaskGroup() as group, self.ground.live.hold(rank=self._rank()):
+            if self.budget.exhausted:
+                return None
+            number = self._number()
             for attempt in range(self.ground.retries + 1):
+                seed = self.derive(number)
                 env, writer = self.ground.make_env(), self.ground.make_writer(seed)
                 trajectory = Trajectory(self, (number,), group, env, writer, Progress(), branching=branching)
                 played = await self._play(trajectory, seed)
                 if not played.leaf.outcome.failed or attempt == self.ground.retries:
                     break
                 self._counts["retried"] += 1
+                if trajectory.has_branched:  # its branches keep the name that theirs begin with
+                    number = self._number()
+                else:
+                    await self._forget(number)
             self._deliver(played)
         return trajectory
+
+    def _number(self) -> int:
+        self._roots += 1
+        return self._roots - 1
+
+    async def _forget(self, number: int) -> None:
+        """Nothing of root ``number`` has been, so that it can be played again."""
+        self._decisions = [decision for decision in self._decisions if decision.name != (number,)]
+        states = self.states(number)
+        self._states = [state for state in self._states if state not in states]
+        await close(*(state.env for state in states))
 
     async def expand(self, state: State, draw: int, group: asyncio.TaskGroup) -> None:
         """Play on from a kept state; ``draw`` numbers the draws of its tree."""
         name = (*state.name, state.turn, draw)
-        env = await self._fork(state.env)
+        env = await self._fork(state.env, state.name)
         if isinstance(env, str):
             self._counts["forks_failed"] += 1
             return
@@ -316,7 +353,7 @@ class Tree:
             parent=state.watch,
         )
         played = await self._play_fork(twin, seed)
-        if played.leaf.outcome.failed:
+        if played.leaf.outcome.failed and self.record is None:
             self._counts["dropped"] += 1
         else:
             self._deliver(played)
@@ -326,38 +363,52 @@ class Tree:
         found = [state for state in self._states if state.name[0] == number]
         return sorted(found, key=lambda state: (state.name, state.turn))
 
-    def prune(self, number: int, keep: int, rng: Random) -> None:
-        """Deliver only ``keep`` of the trajectories that began with root ``number``, drawn without replacement."""
+    def prune(self, number: int, keep: int, rng: Random) -> int:
+        """Deliver ``keep`` of the trajectories that began with root ``number``, drawn without replacement.
+
+        Returns:
+            How many there were to keep: fewer where forks failed.
+        """
         own = sorted((p for p in self._played if p.leaf.name[0] == number), key=lambda p: p.leaf.name)
         usable = [played for played in own if not played.leaf.outcome.failed]
         kept = rng.sample(usable, keep) if len(usable) > keep else usable or own[:keep]
         self._counts["pruned"] += len(own) - len(kept)
         self._played = [played for played in self._played if played not in own or played in kept]
+        return len(kept)
 
     # -- for trajectories -----------------------------------------------------------------------------------------
 
     def grant(self, child: Name) -> bool:
         """Whether a branch may begin, which takes a leaf."""
-        if self._grants is not None:
-            return self._grants.get((child[:-1], child[-1]), False)
+        if self.record is not None:
+            return self.record.grants(child)
         return self.claim(1) == 1
 
     def decide(self, decision: Decision) -> None:
         """Note a decision."""
         self._decisions.append(decision)
 
-    async def branch(self, parent: Trajectory, name: Name, decision: Decision, forked: asyncio.Event) -> None:
-        """Fork ``parent`` where it stands, tell it by ``forked`` to go on, and play the sibling to its end."""
-        seed = self.derive(*name)
-        writer, progress = parent.writer.fork(seed), parent.progress.fork()
+    async def branch(
+        self,
+        parent: Trajectory,
+        name: Name,
+        decision: Decision,
+        forked: asyncio.Event,
+        writer: Writer,
+        progress: Progress,
+    ) -> None:
+        """Fork the environment of ``parent``, tell it by ``forked`` to go on, and play the sibling to its end.
+
+        ``writer`` and ``progress`` were forked when the decision was made: the parent goes on writing meanwhile.
+        """
         openings = list(parent.openings[: progress.turns])
         try:
-            env = await self._fork(parent.env)
+            env = await self._fork(parent.env, parent.name)
         finally:
             forked.set()
         if isinstance(env, str):
             self._counts["forks_failed"] += 1
-            self.unclaimed += 1
+            self._give_back()
             self.decide(replace(decision, reason=env))
             return
         ancestor: Trajectory | None = parent
@@ -366,19 +417,19 @@ class Tree:
         twin = Trajectory(
             self, name, parent.group, env, writer, progress, openings, streak=parent.streak, parent=parent, forked=True
         )
-        played = await self._play_fork(twin, seed)
-        if played.leaf.outcome.failed:
+        played = await self._play_fork(twin, self.derive(*name))
+        if played.leaf.outcome.failed and self.record is None:
             self._counts["dropped"] += 1
-            self.unclaimed += 1  # to be played anew from the prompt
+            self._give_back()
             self.decide(replace(decision, reason=f"the branch ended with {played.leaf.outcome}"))
             return
         self._counts["branches"] += 1
-        self.decide(replace(decision, granted=True))
+        self.decide(replace(decision, granted=self.record is None or name not in self.record.hidden))
         self._deliver(played)
 
     async def keep(self, trajectory: Trajectory) -> None:
         """Keep the state that ``trajectory`` is in."""
-        env = await self._fork(trajectory.env)
+        env = await self._fork(trajectory.env, trajectory.name)
         if isinstance(env, str):
             self._counts["forks_failed"] += 1
             return
@@ -387,10 +438,13 @@ class Tree:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    async def _fork(self, env: Env) -> Env | str:
-        """A fork of ``env``, or why there is none; the environment's failure is not its trajectory's."""
+    async def _fork(self, env: Env, name: Name) -> Env | str:
+        """A fork of ``env``, that of ``name``, or why there is none: its failure is not the trajectory's."""
+        if self.ground.prepare is not None:
+            self.ground.prepare(env, name)
         try:
-            return await asyncio.wait_for(env.fork(), self.ground.deadline)
+            async with asyncio.timeout(min(self.ground.deadline, self.budget.seconds_left)):
+                return await env.fork()
         except (SamplerError, UserError, IsolationUnavailable):
             raise
         except (ForkRefused, EnvError) as refusal:
@@ -405,24 +459,36 @@ class Tree:
         finally:
             await close(trajectory.env)  # where it was cancelled before it began
 
+    def _give_back(self) -> None:
+        """A branch's leaf is to be played anew from the prompt; where a tree is grown again, that is in its record."""
+        if self.record is None:
+            self.unclaimed += 1
+
     async def _play(self, trajectory: Trajectory, seed: int) -> Played:
         key = (self.task.id, self.copy, trajectory.name)
+        left = self.budget.seconds_left
         self.ground.playing[key] = trajectory.progress
+        if self.ground.prepare is not None:
+            self.ground.prepare(trajectory.env, trajectory.name)
         try:
             played = await play(
                 trajectory.env,
                 self.task,
                 trajectory.writer,
                 seed=seed,
-                deadline=self.ground.deadline,
+                deadline=min(self.ground.deadline, left),
                 watch=trajectory,
                 progress=trajectory.progress,
             )
         finally:
             del self.ground.playing[key]
+        if played.leaf.outcome is Outcome.TIMEOUT and left < self.ground.deadline:
+            played = replace(played, leaf=replace(played.leaf, outcome=Outcome.BUDGET, error=None))
         return replace(played, leaf=replace(played.leaf, name=trajectory.name))
 
     def _deliver(self, played: Played) -> None:
+        if self.record is not None and played.leaf.name in self.record.hidden:
+            return
         self._played.append(played)
         if self.ground.progress is not None:
             self.ground.progress(played.leaf)
@@ -431,6 +497,17 @@ class Tree:
         """How many trajectories of this tree went before: who has had least goes first."""
         self._started += 1
         return self._started
+
+
+@asynccontextmanager
+async def _after(
+    forked: asyncio.Event, room: AbstractAsyncContextManager[None], progress: Progress
+) -> AsyncIterator[None]:
+    """``room``, but not before the state has been forked."""
+    with progress.waiting_for("a fork of its state"):
+        await forked.wait()
+    async with room:
+        yield
 
 
 def assemble(tree: RolloutTree, group: Sequence[Played]) -> RolloutTree:

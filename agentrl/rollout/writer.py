@@ -6,8 +6,8 @@ and has text only.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any, Protocol, Self
 
 from agentrl.renderer import Renderer
@@ -21,7 +21,7 @@ class Watch:
 
     Attributes:
         first_tokens: of every turn, how many tokens ``turn_began`` waits for; 0: nobody looks at them.
-        metered: whether ``spend`` wants to hear of every token at once, and may end a turn.
+        metered: whether every token has to be paid for by ``take_token`` before it is made.
     """
 
     first_tokens: int = 0
@@ -37,14 +37,20 @@ class Watch:
         """So many more tokens were generated; False: that is enough for this trajectory."""
         return True
 
+    def take_token(self) -> bool:
+        """Pay for the next token; False, and nothing is paid, where that is enough for this trajectory."""
+        return self.spend(1)
+
     def may_call(self, calls: int) -> bool:
         """Whether the environment may run so many tool calls."""
         return True
 
-    @asynccontextmanager
-    async def stepping(self, calls: int) -> AsyncIterator[None]:
+    def not_called(self, calls: int) -> None:
+        """The environment refused to run so many of them."""
+
+    def stepping(self, calls: int) -> AbstractAsyncContextManager[None]:
         """The environment changes inside: what wanted its state has it by then, and there is room for its calls."""
-        yield
+        return nullcontext()
 
     async def observed(self) -> None:
         """The environment's answer is written."""
@@ -153,11 +159,15 @@ class TokenWriter:
     async def _stream(self, params: SamplingParams, watch: Watch) -> Completion:
         events: list[TokenEvent] = []
         async with aclosing(self._sampler.stream(self._ids, params)) as stream:
-            async for event in stream:
-                events.append(event)
+            while watch.take_token():  # before it is made: others are in the middle of theirs
+                try:
+                    events.append(await anext(stream))
+                except BaseException:
+                    watch.spend(-1)
+                    raise
                 if len(events) == watch.first_tokens:
                     watch.turn_began([each.entropy for each in events])
-                if not watch.spend(1):
+                if events[-1].stop_reason is not None:
                     break
         if len(events) < watch.first_tokens:
             watch.turn_began([each.entropy for each in events])

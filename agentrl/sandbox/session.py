@@ -277,10 +277,16 @@ class LocalSession:
             case tuple((dict() as head, _)):
                 child._reasons += _texts(head.get("reasons"))
                 code = head.get("errno")
+                if code == errno.ENOSYS:  # what the kernel answers for a zygote that is gone; of that we hear later
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_MOMENT):
+                            await asyncio.shield(child._born)
                 if not child._reasons:
                     child._reasons.append(
                         _DEPTH if code in _TOO_DEEP else f"the kernel refused (error {str(code)[:9]})"
                     )
+        if (gone := self._owner.backend_failed()) or not child._reasons:
+            raise SandboxError(f"sandbox: the fork is lost: {gone or 'it ended before it came to life'}.")
         raise ForkRefused(f"the session cannot be forked: {'; '.join(child._reasons)}.", child._reasons)
 
     async def close(self) -> None:

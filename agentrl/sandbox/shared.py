@@ -12,9 +12,10 @@ from weakref import WeakKeyDictionary
 
 from agentrl.config import SandboxConfig
 from agentrl.sandbox.base import Sandbox
+from agentrl.sandbox.limit import LimitedSandbox
 from agentrl.sandbox.local import LocalSandbox
 
-_managers: WeakKeyDictionary[asyncio.AbstractEventLoop, Sandbox] = WeakKeyDictionary()
+_managers: WeakKeyDictionary[asyncio.AbstractEventLoop, LimitedSandbox] = WeakKeyDictionary()
 _config = SandboxConfig()
 
 
@@ -43,8 +44,8 @@ def make_sandbox(config: SandboxConfig) -> Sandbox:
             return LocalSandbox()
 
 
-def shared_sandbox() -> Sandbox:
-    """The running loop's manager, created on first use.
+def shared_sandbox() -> LimitedSandbox:
+    """The running loop's manager, created on first use; it has at most ``sandbox.max_sessions`` sessions open at once.
 
     Raises:
         RuntimeError: no loop is running.
@@ -53,7 +54,7 @@ def shared_sandbox() -> Sandbox:
     """
     loop = asyncio.get_running_loop()
     if loop not in _managers:
-        _managers[loop] = make_sandbox(_config)
+        _managers[loop] = LimitedSandbox(make_sandbox(_config), _config.max_sessions)
     return _managers[loop]
 
 

@@ -124,6 +124,8 @@ class UnitTests(ToolEnv):
         if not episode.answer:
             return 0.0
         hidden = cases(task)
+        for made in self._tools.values():  # not needed any more; while this waits for a session it must hold none
+            await made.close()
         submission = Submission(episode.answer, task.metadata["function"])
         sandbox = self._sandbox or shared_sandbox()
         self.verdicts = await grade(sandbox, submission, hidden, deadline=self.deadline, total=self.total)

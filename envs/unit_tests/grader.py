@@ -3,6 +3,7 @@
 What an expected value is never enters a sandbox. A session is opened for the submission, and one fork of it for every
 test; the submission itself first runs inside such a fork. So there is nothing that one test could leave for the next,
 nothing to find but the one input, and nothing in the way of forking: what is forked has only ever run our own code.
+Where there is no room for more sessions (``sandbox.max_sessions``), tests take turns in the place of the first one.
 The submission shares its interpreter with whatever reports the result, so it can report what it likes: that is its
 answer to this one test, and is taken as plain data (see ``inside``).
 """
@@ -14,16 +15,17 @@ import json
 import math
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from agentrl.errors import SandboxError
+from agentrl.errors import ForkRefused, SandboxError
 from agentrl.sandbox.base import ExecResult, ExecStatus, Limits, Sandbox, Session
+from agentrl.sandbox.limit import fork_in_place
 from agentrl.types import ForkLevel
 
 from .inside import MARK
@@ -45,8 +47,8 @@ _MEGABYTE = 1024 * 1024
 
 _gates: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
-Fresh = Callable[[], Awaitable[Session]]
-"""Gives a session in which ``inside`` has been run and nothing else."""
+Fresh = Callable[[], AbstractAsyncContextManager[Session]]
+"""Lends a session in which ``inside`` has been run and nothing else, and closes it."""
 
 
 class Kind(StrEnum):
@@ -191,35 +193,58 @@ async def _sessions(sandbox: Sandbox, submission: Submission, deadline: float) -
         scratch_bytes=4 * _MEGABYTE,
     )
 
-    async def prepared() -> Session:
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[Session]:
         session = await sandbox.open(seed=0, limits=limits)
         try:
-            result = await session.exec(setup, _SETUP_SECONDS)
-            if result.status is not ExecStatus.OK:
-                raise SandboxError(f"a grading session could not be prepared: {result.status}, {result.error}")
-        except BaseException:
+            yield session
+        finally:
             await session.close()
-            raise
-        return session
+
+    async def prepare(session: Session) -> None:
+        result = await session.exec(setup, _SETUP_SECONDS)
+        if result.status is not ExecStatus.OK:
+            raise SandboxError(f"a grading session could not be prepared: {result.status}, {result.error}")
+
+    @asynccontextmanager
+    async def anew() -> AsyncIterator[Session]:
+        async with opened() as session:
+            await prepare(session)
+            yield session
 
     if sandbox.fork_level is not ForkLevel.SNAPSHOT:
-        yield prepared
+        yield anew
         return
-    async with _gate():
-        root = await prepared()
-    try:
-        yield root.fork
-    finally:
-        await root.close()
+    alone = asyncio.Lock()
+
+    @asynccontextmanager
+    async def forked() -> AsyncIterator[Session]:
+        try:
+            session = await root.fork()
+        except ForkRefused:
+            async with alone:
+                session = await fork_in_place(root)
+                try:
+                    yield session
+                finally:
+                    await session.close()
+            return
+        try:
+            yield session
+        finally:
+            await session.close()
+
+    # Not inside the gate: whoever has a place needs the gate to be done with it.
+    async with opened() as root:
+        async with _gate():
+            await prepare(root)
+        yield forked
 
 
 async def _run(fresh: Fresh, submission: Submission, case: Case, deadline: float) -> Verdict:
-    session = await fresh()
-    try:
+    async with fresh() as session:
         cell = f"run({submission.function!r}, {case.arguments!r}, {submission.source!r})"
         result = await session.exec(cell, deadline)
-    finally:
-        await session.close()
     verdict = _judge(result, case.expected, deadline)
     return replace(verdict, detail=verdict.detail[:_DETAIL_CHARS], seconds=result.seconds)
 

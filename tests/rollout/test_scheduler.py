@@ -7,14 +7,16 @@ import random
 import time
 
 import pytest
+from streaming import check_tree, policy_tokens
 
 from agentrl import Task, tool
 from agentrl.config import RolloutConfig
-from agentrl.errors import SamplerError, TaskError, TooManyFailures
+from agentrl.errors import ConfigError, SamplerError, TaskError, TooManyFailures
 from agentrl.rollout.scheduler import Scheduler
 from agentrl.rollout.writer import TokenWriter
 from agentrl.sampler.hf import HFSampler
-from agentrl.types import Outcome, SamplingParams
+from agentrl.tool import Tool
+from agentrl.types import ForkLevel, Outcome, SamplingParams
 
 CALL = '<tool_call>\n{"name": "double", "arguments": {"x": 7}}\n</tool_call><|im_end|>'
 ANSWER = "14<|im_end|>"
@@ -262,3 +264,85 @@ async def test_a_deadline_of_one_does_not_stop_the_others(make, doubling, script
     trees = await scheduler.play(TASKS[:2], group=2, seed=0)
     assert [leaf.outcome for tree in trees for leaf in tree.leaves] == [Outcome.TIMEOUT] * 2 + [Outcome.ANSWERED] * 2
     assert "stuck in reset" in trees[0].leaves[0].error
+
+
+# -- trees, on the real sampler ---------------------------------------------------------------------------------------
+
+
+def tree_limits(policy, **options):
+    return {"policy": policy, "policy_options": options, "group": 6, "max_failures": 1.0}
+
+
+TREES = [
+    tree_limits("random_tree", probability=0.7, initial=2),
+    tree_limits("entropy_tree", first_tokens=4, initial=2, alpha=0.6),
+    tree_limits("expand_tree", trees=2, nodes=3),
+]
+
+
+@pytest.mark.parametrize("limits", TREES, ids=lambda limits: limits["policy"])
+async def test_trees_of_a_model_that_calls_its_tool(make, doubling, trained_model, limits):
+    """About half of its trajectories call the tool, so that some branch and the others are filled up with roots."""
+    sampler = HFSampler(trained_model, max_slots=64, max_length=320)
+    try:
+        scheduler = make(doubling, sampler, **limits)
+        trees = await scheduler.grow(TASKS[:4], seed=1)
+        again = await scheduler.grow(TASKS[:4], seed=1)
+    finally:
+        await sampler.close()
+    for tree in trees:
+        check_tree(tree, 6, pairs=limits["policy"] == "expand_tree")
+        policy = [node for node in tree.nodes if node.author == "policy"]
+        assert all(len(node.entropies) == len(node.logprobs) == len(node.token_ids) for node in policy)
+    if limits["policy"] == "expand_tree":
+        assert content(trees) == content(again), "nothing in it depends on timing"
+    else:
+        assert sum(tree.spent.get("branches", 0) for tree in trees) > 0
+        assert policy_tokens(trees) == sum(tree.spent["tokens"] for tree in trees)
+        paths = [{leaf.name: tree.path(leaf)[-1].token_ids for leaf in tree.leaves} for tree in (trees[0], again[0])]
+        common = paths[0].keys() & paths[1].keys()
+        assert len(common) > 2
+        assert all(paths[0][name] == paths[1][name] for name in common), "the same name has the same tokens"
+
+
+async def test_a_token_budget_is_exact_on_the_real_sampler(make, doubling, trained_model):
+    sampler = HFSampler(trained_model, max_slots=64, max_length=320)
+    try:
+        trees = await make(doubling, sampler, **TREES[0], step_budget={"tokens": 150}).grow(TASKS[:4], seed=1)
+        assert sum(tree.spent["tokens"] for tree in trees) == policy_tokens(trees) == 150
+        assert any(leaf.outcome is Outcome.BUDGET for tree in trees for leaf in tree.leaves)
+        await sampler.sample([1, 2, 3], SamplingParams(1))
+        assert not sampler._by_slot
+    finally:
+        await sampler.close()
+
+
+async def test_evaluation_plays_groups_whatever_the_policy_is(make, doubling, scripted_sampler):
+    """And without the budgets of training."""
+    scheduler = make(doubling, scripted_sampler(CALL, ANSWER), **TREES[0], step_budget={"calls": 0})
+    trees = await scheduler.play(TASKS[:2], group=3, seed=0)
+    assert [leaf.name for tree in trees for leaf in tree.leaves] == [(0,), (1,), (2,)] * 2
+    assert {leaf.outcome for tree in trees for leaf in tree.leaves} == {Outcome.ANSWERED}
+    assert all(not tree.decisions for tree in trees)
+
+
+async def test_a_tool_that_refuses_to_fork_stops_a_tree_policy_before_it_begins(make, doubling, scripted_sampler):
+    class Rooted(Tool):
+        name, fork_level = "rooted", ForkLevel.REFUSED
+
+        async def run(self, x: int) -> str:
+            """Stay.
+
+            Args:
+                x: where.
+            """
+            raise AssertionError("nothing is played")
+
+    class Fixed(doubling):
+        tools = (Rooted(),)
+
+    for limits in TREES:
+        scheduler = make(Fixed, scripted_sampler(CALL, ANSWER), **limits)
+        with pytest.raises(ConfigError, match=r"tool 'rooted' of Fixed .*refuses to be forked"):
+            await scheduler.grow(TASKS[:1], seed=0)
+        assert len(await scheduler.play(TASKS[:1], group=2, seed=0)) == 1, "without forks it can be played"
