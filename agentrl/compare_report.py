@@ -8,35 +8,44 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from agentrl._durable import disk_full_explained, write_atomic
 from agentrl.compare import Plan
-from agentrl.equal_cost import CLAIM, UNITS, Interval, Row, Run, mean_curve, reward_at
+from agentrl.equal_cost import CLAIM, Interval, Row, Run, mean_curve, reward_at
 from agentrl.plot import cost_curves
+
+COLUMNS = {"calls": "calls", "tokens": "tokens", "learner_tokens": "learnt", "seconds": "s"}
+"""Titles of the costs."""
 
 
 def tables(rows: Sequence[Row], plan: Plan) -> list[Table]:
-    """What came out at the budget, and what it cost to get where the reference got."""
-    end = Table(
-        title=f"at {plan.budget:g} {_words(plan.unit)}: mean over seeds [95 % interval], p against the reference"
-    )
-    for title in ("method", "seeds", "reward", "p", "steps", "calls", "tokens", "learnt", "seconds"):
-        end.add_column(title, justify="left" if title == "method" else "right")
+    """What came out at the budget, and what it cost to get where the reference got; 80 characters wide."""
+    end = _table(f"after {plan.budget:g} {_words(plan.unit)}", "seeds", "reward", "p", "steps", *COLUMNS.values())
     for row in rows:
-        costs = [f"{row.spent[unit]:,.0f}" if row.spent else "" for unit in UNITS]
-        end.add_row(row.method, _seeds(row), _cell(row.reward), _p(row.reward_p), f"{row.steps:.1f}", *costs)
-    reach = Table(title=f"share of the {_words(plan.unit)} until {plan.reference}'s reward at the budget")
-    for title in ("method", "reached", "share", "p", "by seed", "mean curve", f"at most {CLAIM:g}"):
-        reach.add_column(title, justify="left" if title in ("method", "by seed") else "right")
+        costs = [_number(row.spent[unit]) if row.spent else "" for unit in COLUMNS]
+        seeds = f"{row.finished}/{row.finished + len(row.failures)}"
+        steps = f"{row.steps:.1f}" if row.finished else ""
+        end.add_row(row.method, seeds, _cell(row.reward), _p(row.reward_p), steps, *costs)
+    title = f"share of the {_words(plan.unit)} until {plan.reference}'s reward"
+    reach = _table(title, "share", "p", "by seed", "curve", f"<= {CLAIM:g}")
     for row in rows:
         got = [share for share in row.shares.values() if share is not None]
         below = ">= " if len(got) < len(row.shares) else ""
         each = " ".join("never" if share is None else f"{share:.2f}" for share in row.shares.values())
         curve = "never" if row.mean_curve_share is None else f"{row.mean_curve_share:.2f}"
-        reached = f"{len(got)} of {len(row.shares)}"
-        reach.add_row(row.method, reached, below + _cell(row.share), _p(row.share_p), each, curve, row.claim)
+        cells = (below + _cell(row.share), _p(row.share_p), each, curve if row.shares else "", row.claim)
+        reach.add_row(row.method, *cells)
     return [end, reach]
+
+
+def _table(title: str, *columns: str) -> Table:
+    view = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    view.add_column("method", no_wrap=True)
+    for column in columns:
+        view.add_column(column, justify="right", max_width=15, no_wrap=column != "by seed")
+    return view
 
 
 def remarks(rows: Sequence[Row], runs: Sequence[Run], plan: Plan) -> list[str]:
@@ -58,7 +67,10 @@ def remarks(rows: Sequence[Row], runs: Sequence[Run], plan: Plan) -> list[str]:
             "its reward at the start there, and the shares say nothing."
         )
     if count := max(row.finished for row in rows):
-        lines.append(f"The smallest p that the exact sign-flip test of {count} seeds can give is {2 / 2**count:.4g}.")
+        lines.append(
+            f"Means over seeds with 95 % intervals; p against {plan.reference}, paired by seed: with {count} seeds the "
+            f"exact sign-flip test knows none below {2 / 2**count:.4g}."
+        )
     return lines
 
 
@@ -96,12 +108,16 @@ def _words(unit: str) -> str:
     return {"calls": "tool calls", "tokens": "generated tokens", "learner_tokens": "learner tokens"}[unit]
 
 
-def _seeds(row: Row) -> str:
-    return f"{row.finished} of {row.finished + len(row.failures)}"
-
-
 def _cell(found: Interval | None) -> str:
-    return "" if found is None else str(found)
+    """The mean, and its interval below it."""
+    if found is None:
+        return ""
+    around = "" if found.low is None or found.high is None else f"\n[{found.low:.2f}, {found.high:.2f}]"
+    return f"{found.mean:.3f}{around}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value < 10_000 else f"{value / 1000:,.0f}k"
 
 
 def _p(value: float | None) -> str:

@@ -78,10 +78,6 @@ class Interval:
     high: float | None
     seeds: int
 
-    def __str__(self) -> str:
-        around = "" if self.low is None or self.high is None else f" [{self.low:.2f}, {self.high:.2f}]"
-        return f"{self.mean:.3f}{around}"
-
 
 @dataclass(frozen=True, slots=True)
 class Row:

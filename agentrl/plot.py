@@ -95,10 +95,13 @@ def cost_curves(
             axes.plot(band.cost, band.mean, color=color, linestyle=line, linewidth=2.2, label=method)
         if reference in drawn:
             axes.axhline(drawn[reference].mean[-1], color="#7F7F7F", linewidth=1, linestyle=(0, (1, 3)))
-        # Intervals of few seeds reach beyond what a reward can be; the lines are what the scale is for.
-        means = [value for band in drawn.values() for value in band.mean]
         axes.set(xlabel=f"{unit} so far", ylabel="mean reward on held-out tasks", xlim=(0, None))
-        axes.set_ylim(*_extent([means]))
+        # Intervals of few seeds may reach far beyond the lines, which are what the scale is for.
+        means = [value for band in drawn.values() for value in band.mean]
+        ends = [value for band in drawn.values() for value in (*band.low, *band.high)]
+        span = max(means) - min(means) or 0.2
+        low, high = max(min(ends), min(means) - span / 2), min(max(ends), max(means) + span / 2)
+        axes.set_ylim(low - 0.04 * span, high + 0.04 * span)
         axes.set_title(title, fontsize=13, fontweight="bold", pad=30)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
         figure.savefig(path, format="png")

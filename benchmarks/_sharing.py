@@ -238,7 +238,7 @@ def draw(points: list[tuple[float, float]], path: Path) -> None:
 
 
 def _status(name: str) -> float:
-    """MiB of this process: VmRSS now, VmHWM at most. (``ru_maxrss`` would begin with the parent's.)"""
+    """MiB of this process: VmRSS now, VmHWM at most; ``ru_maxrss`` would begin with the parent's."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         sys.exit(f"memory is read from /proc/self/status, which has no {name} here: run this on Linux")

@@ -117,7 +117,7 @@ class ScriptedSampler:
     ``entropy(prompt length, place)`` is that of a token; they are streamed one by one.
     """
 
-    version, max_length, deterministic = 0, 512, True
+    version, max_length, entropies, deterministic = 0, 512, True, True
 
     def __init__(self, tokenizer: Any, script: Callable[[Sequence[int], SamplingParams], Any]) -> None:
         self.tokenizer, self.script = tokenizer, script

@@ -45,6 +45,11 @@ class Policy(BaseModel):
         """Tokens of a turn that ``decide`` waits for; 0: it decides at the tool result itself."""
         return 0
 
+    @property
+    def needs_entropies(self) -> bool:
+        """Whether it decides by them."""
+        return False
+
     def check(self, leaves: int, max_tokens: int) -> None:
         """Refuse options that do not go with ``rollout.group`` and ``rollout.max_tokens``.
 
@@ -140,6 +145,11 @@ class EntropyTree(_Branching):
     penalty: float = Field(0.0, ge=0, le=1, description="off P for each branch in a row on the path; AEPO: 0.05")
     monitor: bool = Field(False, description="AEPO: one trajectory decides how many begin from the prompt")
 
+    @property
+    def needs_entropies(self) -> bool:
+        """Always."""
+        return True
+
     def check(self, leaves: int, max_tokens: int) -> None:
         """See ``Policy.check``."""
         super().check(leaves, max_tokens)
@@ -193,9 +203,14 @@ class ExpandTree(Policy):
 
     keeps: ClassVar[bool] = True
     trees: int = Field(2, ge=1, description="M: trajectories to begin with")
-    nodes: int = Field(2, ge=1, description="N: states to expand, of each tree and round")
+    nodes: int = Field(3, ge=1, description="N: states to expand, of each tree and round; the paper has 2")
     rounds: int = Field(1, ge=1, description="L")
     rank: Literal["random", "entropy"] = Field("random", description="which states")
+
+    @property
+    def needs_entropies(self) -> bool:
+        """Where they rank the states."""
+        return self.rank == "entropy"
 
     def check(self, leaves: int, max_tokens: int) -> None:
         """See ``Policy.check``."""

@@ -191,7 +191,13 @@ class Scheduler:
                 f"rollout.policy = {self._limits.policy!r} forks the environment, but {what} of {type(env).__name__} "
                 "refuses to be forked. Expected fork level copy, snapshot or replay; or use rollout.policy = 'group'."
             )
-        self._make_writer(0).fork(0)
+        writer = self._make_writer(0)
+        writer.fork(0)
+        if self.policy.needs_entropies and not writer.entropies:
+            raise ConfigError(
+                f"rollout.policy = {self._limits.policy!r} decides by entropies, and the sampler reports none. "
+                "Expected the hf sampler, or rollout.policy = 'random_tree'."
+            )
 
     @asynccontextmanager
     async def _watching(self) -> AsyncIterator[None]:

@@ -70,6 +70,11 @@ class Writer(Protocol):
         """How many tokens the policy knows; 0 where it has only text."""
         ...
 
+    @property
+    def entropies(self) -> bool:
+        """Whether its nodes hold them."""
+        ...
+
     def begin(self, opening: Sequence[Message], tools: Sequence[dict[str, Any]]) -> None:
         """Take the opening messages."""
         ...
@@ -114,6 +119,11 @@ class TokenWriter:
     def vocabulary(self) -> int:
         """Tokens that the tokenizer knows."""
         return len(self._renderer.tokenizer)
+
+    @property
+    def entropies(self) -> bool:
+        """Whether the sampler reports them."""
+        return self._sampler.entropies
 
     def begin(self, opening: Sequence[Message], tools: Sequence[dict[str, Any]]) -> None:
         """Render the prompt."""

@@ -14,11 +14,13 @@ class Sampler(Protocol):
     Attributes:
         version: version of the weights in use; grows with every ``update_weights``.
         max_length: most tokens, prompt and completion together.
+        entropies: whether completions carry them; where not, they are NaN.
         deterministic: whether log-probs are bit for bit the same whatever else is being sampled.
     """
 
     version: int
     max_length: int
+    entropies: bool
     deterministic: bool
 
     async def sample(self, token_ids: Sequence[int], params: SamplingParams) -> Completion:

@@ -61,6 +61,8 @@ class HFSampler:
             length is above what its positions or its attention window allow.
     """
 
+    entropies = True
+
     def __init__(
         self, model: Any, tokenizer: Any = None, *, max_slots: int = 512, max_length: int = 1024, version: int = 0
     ) -> None:

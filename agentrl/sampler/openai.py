@@ -31,6 +31,7 @@ class ChatWriter:
     """Writes turns by asking ``POST {base_url}/chat/completions``."""
 
     vocabulary = 0
+    entropies = False
 
     def __init__(self, client: httpx.AsyncClient, model: str, params: SamplingParams, seed: int) -> None:
         self.nodes: list[Node] = []

@@ -19,6 +19,7 @@ class RecordedSampler:
     """
 
     deterministic = True
+    entropies = True
 
     def __init__(self, written: Sequence[Turn], max_length: int, version: int = 0) -> None:
         self._turns = {turn.seed: turn for turn in written}

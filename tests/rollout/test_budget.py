@@ -307,7 +307,7 @@ def test_budgets_that_are_none_are_refused(key, caps, says):
         ("entropy_tree", {"alpha": math.nan}, r"alpha: .*finite"),
         ("entropy_tree", {"rule": "coin"}, r"rule: .*threshold.*got 'coin'"),
         ("expand_tree", {"trees": 3}, r"trees x leaves of each.* got group 8 and trees 3"),
-        ("expand_tree", {"trees": 1}, r"at most 1 \+ nodes x rounds = 3 leaves of each, got group 8 and trees 1"),
+        ("expand_tree", {"trees": 1}, r"at most 1 \+ nodes x rounds = 4 leaves of each, got group 8 and trees 1"),
         ("expand_tree", {"nodes": 0}, r"nodes: .*got 0"),
     ],
 )

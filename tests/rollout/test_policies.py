@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from streaming import TASKS, VOCABULARY, Streaming, Turn, World, by_turn, check_tree, scheduler, within
 
+from agentrl.errors import ConfigError
 from agentrl.rollout.policies import EntropyTree, ExpandTree, RandomTree
 from agentrl.rollout.tree import Point, Tree
 from agentrl.seeds import derive_seed
@@ -299,7 +300,20 @@ async def test_trees_do_not_wait_for_each_other():
     assert len({leaf.name[0] for leaf in delivered[:4]}) == 1
 
 
-def test_the_defaults_are_the_papers():
+def test_the_defaults_are_the_papers_but_for_a_group_of_8():
     arpo, grpo = EntropyTree(), ExpandTree()
     assert (arpo.alpha, arpo.beta, arpo.tau, arpo.first_tokens) == (0.5, 0.2, 0.5, 20)
-    assert (grpo.trees, grpo.nodes, grpo.rounds) == (2, 2, 1)
+    assert (grpo.trees, grpo.nodes, grpo.rounds) == (2, 3, 1)
+
+
+async def test_a_sampler_without_entropies_is_refused_where_they_decide():
+    sampler = Streaming(by_turn(Turn(calls=1), Turn()))
+    sampler.entropies = False
+    for policy, options in (("entropy_tree", {}), ("expand_tree", {"rank": "entropy"})):
+        asking = scheduler(sampler, World(), group=4, policy=policy, policy_options=options)
+        with pytest.raises(ConfigError, match=rf"'{policy}' decides by entropies, and the sampler reports none"):
+            await asking.grow(TASKS[:1], seed=0)
+    assert not sampler.requests
+    for policy in ("group", "random_tree", "expand_tree"):
+        (tree,) = await scheduler(sampler, World(), group=4, policy=policy).grow(TASKS[:1], seed=0)
+        check_tree(tree, 4, pairs=policy == "expand_tree")

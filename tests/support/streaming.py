@@ -75,7 +75,7 @@ class Notation:
 class Streaming:
     """Says what ``script(request)`` gives. A token is made when it is asked for, and counted then."""
 
-    version, max_length, deterministic = 0, 10_000, True
+    version, max_length, entropies, deterministic = 0, 10_000, True, True
 
     def __init__(self, script: Callable[[Request], Turn]) -> None:
         self.script = script
