@@ -28,7 +28,7 @@ def tables(rows: Sequence[Row], plan: Plan) -> list[Table]:
         seeds = f"{row.finished}/{row.finished + len(row.failures)}"
         steps = f"{row.steps:.1f}" if row.finished else ""
         end.add_row(row.method, seeds, _cell(row.reward), _p(row.reward_p), steps, *costs)
-    title = f"share of the {_words(plan.unit)} until {plan.reference}'s reward"
+    title = f"{_words(plan.unit)} until {plan.reference}'s reward, as a share of what {plan.reference} took"
     reach = _table(title, "share", "p", "by seed", "curve", f"<= {CLAIM:g}")
     for row in rows:
         got = [share for share in row.shares.values() if share is not None]
@@ -41,7 +41,7 @@ def tables(rows: Sequence[Row], plan: Plan) -> list[Table]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    view = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    view = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
     view.add_column("method", no_wrap=True)
     for column in columns:
         view.add_column(column, justify="right", max_width=15, no_wrap=column != "by seed")
@@ -63,8 +63,8 @@ def remarks(rows: Sequence[Row], runs: Sequence[Run], plan: Plan) -> list[str]:
     flat = [run.seed for run in base if reward_at(run, plan.unit, plan.budget) <= run.points[0].reward]
     if flat:
         lines.append(
-            f"{plan.reference} ended NO BETTER than it began on seed {', '.join(map(str, flat))}: everyone has reached "
-            "its reward at the start there, and the shares say nothing."
+            f"{plan.reference} ended NO BETTER than it began on seed {', '.join(map(str, flat))}: there is nothing to "
+            "reach there, and it is left out of the shares."
         )
     if count := max(row.finished for row in rows):
         lines.append(

@@ -5,10 +5,11 @@ as every other run's, in groups. The reward of the rollouts that it learns from 
 results, so trajectories that call tools have more leaves, and a policy that calls tools in half of its episodes has a
 higher mean over the leaves of a tree than over those of a group. What is played to measure is no part of the cost.
 
-**Reaching the reference.** B is the budget and R what the reference's policy earns there. A run of the same seed
-reaches R at the first cost x at which its curve, straight between the places, is R or more; its share is x / B. First
-passages of a noisy curve come early: so the reference's own share, which noise takes below 1, is given beside, and the
-others' shares are tested against it.
+**Reaching the reference.** R is what the reference's policy earns at the budget, and B the cost at which its curve,
+straight between the places, first is R: less than the budget where it had stopped rising before. A run of the same seed
+reaches R at a first cost x of its own; its share is x / B, the reference's 1. A seed on which the reference ended no
+better than it began has no shares. First passages of a noisy curve come early, those of both curves alike; but where
+noise has raised R, a run that is as good may miss it.
 
 **Intervals and tests** are over seeds: Student's 95 % interval, and the exact sign-flip test of the paired differences
 (all 2^n signs). It knows no p below 2 / 2^n: with 5 seeds 0.0625.
@@ -92,9 +93,9 @@ class Row:
         steps: mean number of steps.
         reward: at the budget; of a seed that did not spend it, where it ended.
         reward_p: of its difference to the reference's; None for the reference itself and without a common seed.
-        shares: by seed, cost to reach the reference's reward over the budget; None where it was not reached.
+        shares: by seed, cost to reach the reference's reward over what it cost the reference; None: never reached.
         share: the mean of those; a seed that did not get there counts with what it spent, so it is a lower bound then.
-        share_p: of its difference to the reference's own share.
+        share_p: of its difference to 1.
         mean_curve_share: the same, of the means over seeds of both curves; None where not reached.
         claim: whether the share is at most ``CLAIM``: "met", "not met" or "not decided"; empty for the reference.
     """
@@ -214,26 +215,30 @@ def summarise(runs: Sequence[Run], reference: str, unit: str, budget: float) -> 
     """
     methods = sorted(dict.fromkeys(run.method for run in runs), key=lambda method: method != reference)
     base = _finished([run for run in runs if run.method == reference])
-    rows = []
-    for method in methods:
-        own = [run for run in runs if run.method == method]
-        row = _row(method, own, base, unit, budget)
-        rows.append(row if method == reference or not row.finished else _tested(row, own, base, unit, budget))
-    return rows
+    return [
+        _row(
+            method, [run for run in runs if run.method == method], base, unit, budget, is_reference=method == reference
+        )
+        for method in methods
+    ]
 
 
 def _finished(runs: Sequence[Run]) -> dict[int, Run]:
     return {run.seed: run for run in runs if not run.failure}
 
 
-def _row(method: str, runs: Sequence[Run], base: Mapping[int, Run], unit: str, budget: float) -> Row:
+def _row(
+    method: str, runs: Sequence[Run], base: Mapping[int, Run], unit: str, budget: float, *, is_reference: bool
+) -> Row:
     done = _finished(runs)
     failures = {run.seed: run.failure for run in runs if run.failure}
     if not done:
         return Row(method, 0, failures)
-    shares = {seed: _share(run, base[seed], unit, budget) for seed, run in done.items() if seed in base}
-    bounds = _bounds(shares, done, unit, budget)
-    return Row(
+    passages = {seed: _passages(run, base[seed], unit, budget) for seed, run in done.items() if seed in base}
+    shares = {seed: None if own is None else own / b for seed, (own, b) in passages.items() if b}
+    # A seed that never got there would have taken more than it spent.
+    bounds = [done[seed].spent(unit) / passages[seed][1] if s is None else s for seed, s in shares.items()]
+    row = Row(
         method,
         len(done),
         failures,
@@ -242,41 +247,34 @@ def _row(method: str, runs: Sequence[Run], base: Mapping[int, Run], unit: str, b
         fmean(run.points[-1].step for run in done.values()),
         interval(reward_at(run, unit, budget) for run in done.values()),
         shares=shares,
-        share=interval(bounds.values()) if bounds else None,
+        share=interval(bounds) if bounds else None,
         mean_curve_share=_mean_curve_share(list(done.values()), list(base.values()), unit, budget),
     )
+    if is_reference:
+        return row
+    gains = [
+        reward_at(run, unit, budget) - reward_at(base[seed], unit, budget) for seed, run in done.items() if seed in base
+    ]
+    savings = [bound - 1 for bound in bounds]
+    claim = _claim(row.share, shares)
+    return replace(row, reward_p=sign_flip_p_value(gains), share_p=sign_flip_p_value(savings), claim=claim)
 
 
-def _tested(row: Row, runs: Sequence[Run], base: Mapping[int, Run], unit: str, budget: float) -> Row:
-    """``row`` with its tests against the reference."""
-    done = _finished(runs)
-    common = [seed for seed in done if seed in base]
-    gains = [reward_at(done[seed], unit, budget) - reward_at(base[seed], unit, budget) for seed in common]
-    bounds = _bounds(row.shares, done, unit, budget)
-    savings = [bounds[seed] - (_share(base[seed], base[seed], unit, budget) or 1.0) for seed in common]
-    return replace(
-        row,
-        reward_p=sign_flip_p_value(gains),
-        share_p=sign_flip_p_value(savings),
-        claim=_claim(row.share, row.shares),
-    )
-
-
-def _share(run: Run, base: Run, unit: str, budget: float) -> float | None:
-    costs, rewards = _curve(run, unit)
-    passage = first_passage(costs, rewards, reward_at(base, unit, budget))
-    return None if passage is None else passage / budget
-
-
-def _bounds(shares: Mapping[int, float | None], done: Mapping[int, Run], unit: str, budget: float) -> dict[int, float]:
-    """Shares, and for a seed that never got there what it spent, for it would have taken more."""
-    return {seed: done[seed].spent(unit) / budget if share is None else share for seed, share in shares.items()}
+def _passages(run: Run, base: Run, unit: str, budget: float) -> tuple[float | None, float]:
+    """What it cost ``run``, and what it cost ``base``, to get where ``base`` is at ``budget``."""
+    target = reward_at(base, unit, budget)
+    known = first_passage(*_curve(base, unit), target)
+    assert known is not None
+    return first_passage(*_curve(run, unit), target), known
 
 
 def _mean_curve_share(runs: Sequence[Run], base: Sequence[Run], unit: str, budget: float) -> float | None:
     reference, curve = mean_curve(base, unit, budget), mean_curve(runs, unit, budget)
-    passage = first_passage(curve.cost, curve.mean, reference.mean[-1]) if reference.mean else None
-    return None if passage is None else passage / budget
+    if not reference.mean:
+        return None
+    known = first_passage(reference.cost, reference.mean, reference.mean[-1])
+    passage = first_passage(curve.cost, curve.mean, reference.mean[-1])
+    return None if passage is None or not known else passage / known
 
 
 def _claim(share: Interval | None, shares: Mapping[int, float | None]) -> str:

@@ -36,6 +36,7 @@ PATIENCE = 10
 
 TOKENS = "tokens, log-probs and entropies are the record's own; all that follows from them was computed"
 BITS = f"this sampler does not give the same bits every time: log-probs are compared within {TOLERANCE:g}"
+CLOCK = "a budget of seconds may stop a call that is paid for: what the whole tree spent is not compared"
 DRAWS = (
     "which states were drawn and which leaves were pruned is as recorded, and not compared: what was pruned is not in "
     "the record (--live plays it again, where no budget cut it)"
@@ -94,6 +95,7 @@ async def replay(found: Found, *, recorded_tokens: bool = False, live: bool = Fa
     keeps, complete = POLICIES[limits.policy].keeps, not _failures(tree)
     # What was pruned is in no record: neither its tool results, nor where a budget cut it.
     follow = keeps and (not live or recorded_tokens or not complete or bool(limits.task_budget or limits.step_budget))
+    timed = "seconds" in limits.task_budget or "seconds" in limits.step_budget
     record = Record.of(tree, keeps, pruned=keeps and not follow)
     written = list(turns(tree, keeps))
     answers = Answers({(turn.owner, turn.number): turn for turn in written}, keeps)
@@ -113,11 +115,11 @@ async def replay(found: Found, *, recorded_tokens: bool = False, live: bool = Fa
         tolerance=0.0 if deterministic else TOLERANCE,
         unfinished={leaf.name for leaf in tree.leaves if unfinished(tree, leaf)},
         lost=lost,
-        whole=complete and not follow and not record.hidden,
+        whole=complete and not follow and not record.hidden and not timed,
     )
     notes = [*changed_versions(found.run), *([] if live else _played_live(env_factory(found.config)()))]
     notes += [TOKENS] if recorded_tokens else [] if deterministic else [BITS]
-    notes += [*([DRAWS] if follow else []), *_failures(tree)]
+    notes += [*([DRAWS] if follow else []), *([CLOCK] if timed else []), *_failures(tree)]
     notes += [f"leaf {dotted(name)} began in a turn that its parent never finished: not played" for name in lost]
     around = ((), ()) if difference is None else (difference.recorded_ids, difference.replayed_ids)
     tokens = sum(len(node.token_ids) for node in tree.nodes)

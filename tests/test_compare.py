@@ -114,7 +114,7 @@ def test_it_says_what_came_out(finished, capsys):
     main(["compare", "@", file, "--out", str(out)])
     said = capsys.readouterr().out
     assert "after 260 generated tokens" in said
-    assert "share of the generated tokens until group's reward" in said
+    assert "generated tokens until group's reward, as a share of what group took" in said
     assert "with 2 seeds the exact sign-flip test knows none below 0.5" in " ".join(said.split())
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
     rows = saved(out)["rows"]

@@ -122,6 +122,23 @@ def test_one_seed_that_never_gets_there_leaves_a_claim_undecided_at_best() -> No
     assert found.unspent == {3: 0.45}
 
 
+def test_what_the_reference_spends_after_it_stopped_to_rise_does_not_count() -> None:
+    flat = [run("group", seed, (0, 0.2), (100, 0.6), (150, 0.6), (200, 0.6)) for seed in range(3)]
+    same = [run("same", seed, (0, 0.2), (100, 0.6), (200, 0.6)) for seed in range(3)]
+    found = {row.method: row for row in summarise([*flat, *same], "group", "calls", 200.0)}
+    for row in found.values():
+        assert row.shares == dict.fromkeys(range(3), 1.0)
+        assert row.mean_curve_share == pytest.approx(1.0)
+    assert (found["same"].claim, found["same"].share_p) == ("not met", 1.0)
+
+
+def test_a_seed_on_which_the_reference_gained_nothing_has_no_share() -> None:
+    flat = run("group", 0, (0, 0.5), (200, 0.4))
+    found = summarise([flat, *GROUP[1:], run("tree", 0, (0, 0.5), (200, 0.9))], "group", "calls", 200.0)
+    assert [list(row.shares) for row in found] == [[1, 2, 3], []]
+    assert (found[1].share, found[1].share_p, found[1].claim) == (None, None, "not decided")
+
+
 def test_failed_runs_are_left_out_and_named() -> None:
     good = [run("tree", seed, (0, 0.2), (200, 0.7)) for seed in range(3)]
     found = rows(*good, run("tree", 3, failure="TooManyFailures: all"), run("lost", 0, failure="NonFiniteError: loss"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 
 from agentrl.errors import ForkRefused, SandboxError
@@ -115,10 +116,17 @@ class Python(Tool):
             twin = Python(deadline=self.deadline, profile=self.profile, rng=self.rng, sandbox=self._sandbox)
             twin._seed, twin._setup = self._seed, list(self._setup)
             if self._session is not None:
+                forking = asyncio.ensure_future(self._session.fork(self.rng))
                 try:
-                    twin._session = await self._session.fork(self.rng)
+                    twin._session = await asyncio.shield(forking)
                 except ForkRefused as refusal:  # it goes on as it is
                     raise ForkRefused(f"tool {self.name!r}: {refusal}", refusal.reasons) from refusal
+                except asyncio.CancelledError:  # seen through: what is half forked can go on in no way
+                    with suppress(ForkRefused, SandboxError):
+                        unwanted = await forking
+                        self._forked = True
+                        await unwanted.close()
+                    raise
                 except BaseException:
                     self._forked = True  # it may be frozen by now
                     raise

@@ -208,7 +208,7 @@ async def alone(make_env, tree, leaf):
 @pytest.mark.parametrize("kind", POLICIES)
 async def test_every_branch_has_exactly_its_own_state(policy, kind, world):
     make_env, answer = ALL[world]
-    tasks = tasks_of(make_env, 2)
+    tasks = tasks_of(make_env, 1 if world == "unit_tests" else 2)
     limits = {"policy": kind, "policy_options": POLICIES[kind]}
     trees = await policy(make_env, answer, tasks, **limits).grow(tasks, seed=SEED)
     await nothing_open()
@@ -226,7 +226,7 @@ async def test_every_branch_has_exactly_its_own_state(policy, kind, world):
                 assert result.startswith(f"{seen} {' '.join(map(str, seen))}  0.")
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", ["notebook", pytest.param("unit_tests", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", POLICIES)
 async def test_cancelling_at_any_moment_leaves_nothing(policy, kind, world):
     make_env, answer = WORLDS[world]
@@ -376,6 +376,23 @@ async def test_a_program_that_cannot_be_forked_is_named_and_goes_on(policy):
     assert results_of(tree, tree.leaves[0])[1:] == ["'started'", "'over'"]
 
 
+@pytest.mark.parametrize("after", [0.0, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006])
+async def test_what_was_being_forked_goes_on_when_the_fork_is_called_off(after):
+    python = make_tool("python")
+    await python.start(0)
+    try:
+        await python.run("x = 1")
+        forking = asyncio.create_task(python.fork())
+        await asyncio.sleep(after)
+        forking.cancel()
+        twin = (await asyncio.gather(forking, return_exceptions=True))[0]
+        if not isinstance(twin, BaseException):
+            await twin.close()
+        assert await python.run("x + 1") == "2"
+    finally:
+        await python.close()
+
+
 # -- the end of a chain of forks ---------------------------------------------------------------------------------------
 
 
@@ -383,7 +400,7 @@ class Long(Small):
     max_turns = 40
 
 
-@pytest.mark.parametrize("kind", ["random_tree", "expand_tree"])
+@pytest.mark.parametrize("kind", [pytest.param("random_tree", marks=pytest.mark.slow), "expand_tree"])
 async def test_a_chain_of_forks_that_is_too_deep_is_counted_and_goes_on_without(policy, kind):
     options = {"random_tree": {"initial": 1, "probability": 1.0}, "expand_tree": {"trees": 1, "nodes": 3}}[kind]
     group = {"random_tree": 40, "expand_tree": 4}[kind]
@@ -453,7 +470,8 @@ async def limited_to(most):
         *(("notebook", kind, 4) for kind in POLICIES),
         ("notebook", "random_tree", 1),
         ("replayed", "random_tree", 4),
-        *(("unit_tests", "random_tree", n) for n in (1, 4)),
+        ("unit_tests", "random_tree", 1),
+        pytest.param("unit_tests", "random_tree", 4, marks=pytest.mark.slow),
     ],
 )
 async def test_no_more_sessions_than_allowed_and_everybody_gets_there(policy, counted, world, kind, most):
