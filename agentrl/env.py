@@ -11,7 +11,6 @@ import copy
 import inspect
 import math
 import random
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -28,7 +27,6 @@ from agentrl.errors import (
 from agentrl.tool import FunctionTool, Tool, dispatch_all
 from agentrl.types import Episode, ForkLevel, Message, Outcome, StepResult, Task, ToolCall, ToolResult
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _FORK_ORDER = list(ForkLevel)
 _OWN = frozenset({"task", "forked", "_tools", "_before", "_options"})
 """Attributes that forks share or that are set for each of them."""
@@ -132,8 +130,11 @@ class ToolEnv:
 
     def extract_answer(self, content: str) -> str:
         """The answer in a final message: the last ``<answer>`` block, else the whole text, stripped."""
-        blocks = _ANSWER.findall(content)
-        return (blocks[-1] if blocks else content).strip()
+        for part in reversed(content.split("</answer>")[:-1]):
+            _, opened, answer = part.partition("<answer>")
+            if opened:
+                return answer.strip()
+        return content.strip()
 
     # -- gymnasium's interface, awaited --------------------------------------------------------------------------
 

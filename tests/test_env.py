@@ -565,3 +565,18 @@ async def test_refusals_inside_a_call_are_not_read_by_the_policy():
         env = await started(Env)
         with pytest.raises(ForkRefused, match="no room"):
             await env.step(Message("assistant", "", tuple(ToolCall(str(i), "count") for i in range(calls))))
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ("12", "12"),
+        ("<answer>1</answer> no, <answer> 2\n</answer>", "2"),
+        ("<answer>1</answer> or <answer>2", "1"),
+        ("1</answer>", "1</answer>"),
+        ("<answer>a<answer>b</answer></answer>", "a<answer>b"),
+        ("<answer>" * 200_000, "<answer>" * 200_000),
+    ],
+)
+def test_the_answer_is_the_last_whole_block(doubling, content, answer):
+    assert doubling().extract_answer(content) == answer

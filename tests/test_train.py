@@ -18,7 +18,7 @@ from agentrl import _durable
 from agentrl.config import load_config
 from agentrl.errors import NonFiniteError, RunFolderError, SamplerError, TaskError, TooManyFailures, UserError
 from agentrl.learner.step import Learner
-from agentrl.rollout.batch import collect
+from agentrl.rollout.batch import Batch, collect, rollout_metrics
 from agentrl.rollout.budget import Budget, Caps
 from agentrl.run import dry_run, run_train
 from agentrl.sampler.hf import HFSampler
@@ -428,3 +428,15 @@ def test_a_sampler_that_fails_ends_the_run(config, tmp_path, monkeypatch):
         patch.setattr(HFSampler, "__init__", broken)
         with pytest.raises(SamplerError, match="out of memory"):
             start(config(), tmp_path / "run")
+
+
+def test_the_reward_that_is_reported_is_that_of_what_began_from_the_prompt():
+    """A tree has more leaves where tools are called; what began from the prompt is a sample of the policy."""
+    leaves = [Leaf(-1, 1.0, Outcome.ANSWERED, name=name) for name in ((0, 1), (0, 1, 2), (0, 2))]
+    leaves += [Leaf(-1, reward, Outcome.ANSWERED, name=(i,)) for i, reward in enumerate((1.0, 0.0))]
+    tree = RolloutTree(Task("t"), (), tuple(leaves), spent={"tokens": 5.0, "forks_failed": 1.0})
+    metrics = rollout_metrics(Batch(fresh=[tree], played=[tree, tree], informative=[tree]))
+    assert metrics["reward"] == 0.5
+    assert (metrics["spent/tokens"], metrics["spent/forks_failed"], metrics["spent/calls"]) == (10.0, 2.0, 0)
+    pruned = RolloutTree(Task("t"), (), tuple(leaves[:3]))
+    assert rollout_metrics(Batch(fresh=[pruned]))["reward"] == 1.0

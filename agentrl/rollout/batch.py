@@ -12,7 +12,7 @@ from agentrl.seeds import derive_seed
 from agentrl.tasks import TaskStream
 from agentrl.types import RolloutTree
 
-SPENT = ("tokens", "calls", "roots", "branches", "forks_failed", "dropped", "pruned", "retried")
+SPENT = ("tokens", "calls", "roots", "branches", "forks_failed", "forks_replay", "dropped", "pruned", "retried")
 """What the trees count, see ``RolloutTree.spent``; their seconds pass at the same time and are not added up."""
 
 
@@ -21,7 +21,7 @@ class Batch:
     """The rollouts of one step.
 
     Attributes:
-        fresh: the trees of the first round, an unbiased sample of the policy; rewards are reported from these.
+        fresh: the trees of the first round, not chosen by what they earned; rewards are reported from their roots.
         played: all trees, refills included.
         informative: the trees to learn from.
         refills: rounds of replacements played.
@@ -57,7 +57,10 @@ async def collect(scheduler: Scheduler, stream: TaskStream, config: RunConfig, s
 def rollout_metrics(batch: Batch) -> dict[str, float | None]:
     """What a step's rollouts say, by TRL's names; ``spent/`` is what all of them cost, refills included."""
     leaves = [leaf for tree in batch.fresh for leaf in tree.leaves]
-    rewards = [leaf.reward for leaf in leaves if leaf.reward is not None]
+    scored = [(leaf.reward, len(leaf.name) <= 1) for leaf in leaves if leaf.reward is not None]
+    # Trees branch where tools are called, so their leaves call tools more often than the policy does: what began from
+    # the prompt is a sample of it. (In an expand_tree all of those may have been pruned.)
+    rewards = [reward for reward, root in scored if root] or [reward for reward, _ in scored]
     spread = [pstdev(tree.rewards) for tree in batch.fresh if tree.rewards] or [0.0]
     policy = [node for tree in batch.fresh for node in tree.nodes if node.author == "policy"]
     calls = sum(leaf.metrics.get("tool_calls", 0.0) for leaf in leaves)

@@ -444,13 +444,16 @@ class Tree:
             self.ground.prepare(env, name)
         try:
             async with asyncio.timeout(min(self.ground.deadline, self.budget.seconds_left)):
-                return await env.fork()
+                twin = await env.fork()
         except (SamplerError, UserError, IsolationUnavailable):
             raise
         except (ForkRefused, EnvError) as refusal:
             return f"{type(refusal).__name__}: {refusal}"
         except Exception as failure:  # whatever the environment raises, only the sibling is lost
             return f"fork() raised {type(failure).__name__}: {failure}"
+        if level := getattr(twin, "forked", None):
+            self._counts[f"forks_{level}"] += 1
+        return twin
 
     async def _play_fork(self, trajectory: Trajectory, seed: int) -> Played:
         try:
