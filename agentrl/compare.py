@@ -21,6 +21,7 @@ comparison that was interrupted goes on when the same command is given again.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import tomllib
@@ -229,6 +230,7 @@ def _one_run(plan: Plan, name: str, seed: int, folder: Path) -> Run:
                 _play_leg(config, run, plan.unit, target, advance)
                 points.append(_probe(config, run))
                 run.write_json(PROBES, {"places": plan.places, "points": [asdict(point) for point in points]})
+            gc.collect()  # models are few objects, and so wait long for the collector, but they are large
     return Run(name, seed, tuple(points))
 
 
@@ -293,7 +295,8 @@ def _opened(config: RunConfig, folder: Path) -> RunFolder:
 
 
 def _require_same(config: RunConfig, saved: Mapping[str, Any], folder: Path) -> None:
-    old, new = load_config(saved).model_dump(), config.model_dump()
+    """Refuse a run of another configuration; ``train.steps``, without a decay, changes no step that was done."""
+    old, new = load_config(saved, {"train.steps": config.train.steps}).model_dump(), config.model_dump()
     changed = [key for key in new if new[key] != old[key]]
     if changed:
         raise RunFolderError(

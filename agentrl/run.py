@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -282,6 +284,10 @@ def run_compare(file: str, overrides: Mapping[str, Any], out: Path) -> list[Row]
         UserError: something in the file, the policy or the environment that can be told before anything is run.
         TrainingError: every run of the reference method failed.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("agentrl compare runs in one process: start it without torchrun, several seeds side by side.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError('agentrl compare draws its curves: expected matplotlib; pip install "agentrl[plots]".')
     plan = load_plan(file, overrides)
     for config in {method: config for (method, _), config in plan.configs.items()}.values():
         _check_inputs(config)

@@ -13,7 +13,8 @@ from same_run import require_equal_bits
 from agentrl import compare as comparing
 from agentrl.cli import main
 from agentrl.compare import load_plan
-from agentrl.errors import ConfigError, UnknownName
+from agentrl.errors import ConfigError, UnknownName, UserError
+from agentrl.run import run_compare
 from agentrl.trace import read_metrics
 
 BASE = """
@@ -188,7 +189,12 @@ def test_a_budget_that_the_steps_do_not_reach_is_said_aloud(write, tmp_path, cap
     file = write(tmp_path, steps=1, budget="calls = 1000", change=("seeds = [0, 1]", "seeds = [0]"))
     main(["compare", "@", file, "--out", str(tmp_path / "out")])
     assert "group DID NOT SPEND THE BUDGET" in " ".join(capsys.readouterr().out.split())
-    assert set(saved(tmp_path / "out")["rows"][0]["unspent"]) == {"0"}
+    before = saved(tmp_path / "out")
+    assert set(before["rows"][0]["unspent"]) == {"0"}
+    main(["compare", "@", file, "--out", str(tmp_path / "out"), "--train.steps", "2"])
+    after = saved(tmp_path / "out")
+    assert [run["points"][-1]["step"] for run in after["runs"]] == [2, 2]
+    assert after["runs"][0]["points"][:2] == before["runs"][0]["points"]
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(finished, write, tmp_path, capsys):
@@ -293,3 +299,13 @@ def test_the_command_asks_for_what_it_needs(words, message, capsys):
         main(["compare", *words])
     assert refused.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_torchrun_and_a_missing_matplotlib_are_said_before_anything_is_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without torchrun"):
+        run_compare("no.toml", {}, tmp_path)
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"agentrl\[plots\]"):
+        run_compare("no.toml", {}, tmp_path)
