@@ -285,8 +285,10 @@ class LocalSession:
                     child._reasons.append(
                         _DEPTH if code in _TOO_DEEP else f"the kernel refused (error {str(code)[:9]})"
                     )
-        if (gone := self._owner.backend_failed()) or not child._reasons:
-            raise SandboxError(f"sandbox: the fork is lost: {gone or 'it ended before it came to life'}.")
+        if gone := self._owner.backend_failed():
+            raise SandboxError(f"sandbox: the fork is lost: {gone}.")
+        if not child._reasons:  # the program's doing, which must not pass for a failure of the sandbox
+            child._reasons.append("it ended before it came to life")
         raise ForkRefused(f"the session cannot be forked: {'; '.join(child._reasons)}.", child._reasons)
 
     async def close(self) -> None:
