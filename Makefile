@@ -27,7 +27,7 @@ demo: install
 	$(BIN)/agentrl demo
 
 test: install
-	$(BIN)/python -m pytest -q -m "not slow" --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow

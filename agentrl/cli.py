@@ -91,10 +91,14 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(_fail(f"disk full: {error}. Free some space, or choose another folder with --out.", 2))
     except KeyboardInterrupt:
         hints = {
-            "train": "; go on with: agentrl train --resume --out DIR",
+            "train": f"; go on with: agentrl train --resume --out {_folder(words)}",
             "compare": "; go on with the same command, which does not repeat what is done",
         }
         sys.exit(_fail(f"interrupted{hints.get(words[0], '')}", 130))
+
+
+def _folder(words: list[str]) -> str:
+    return words[words.index("--out") + 1] if "--out" in words[:-1] else "DIR (in runs/, the newest)"
 
 
 def _fail(error: object, status: int) -> int:

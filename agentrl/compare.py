@@ -207,6 +207,8 @@ def compare(plan: Plan, out: Path, *, failed: Callable[[str], None] = print) -> 
     Raises:
         RunFolderError: ``out`` holds runs of another configuration, or runs that spent a larger budget.
     """
+    if (out / "config.json").exists():
+        raise RunFolderError(f"{out} is a run's or a policy's folder: choose another one with --out.")
     found = []
     for name, seed in sorted(plan.configs, key=lambda key: key[1]):
         folder = out / name / f"seed_{seed}"

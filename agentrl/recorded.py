@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from agentrl._versions import collect_versions
-from agentrl.config import RunConfig, load_config
+from agentrl.config import RunConfig, TrainConfig, load_config
 from agentrl.errors import RunFolderError, UserError
 from agentrl.trace import read_rollouts, rollout_steps, whole_checkpoints
 from agentrl.types import RolloutTree
@@ -87,11 +87,18 @@ def listing(run: Path) -> list[str]:
     steps = rollout_steps(run)
     if not steps:
         raise RunFolderError(f"{run} holds no rollouts yet.")
-    lines = [f"{'rollout':<12}{'leaves':>6}{'reward':>8}  task"]
+    lines = [f"{'rollout':<12}{'leaves':>6}{'mean':>8}  task"]
     for place, tree in enumerate(read_rollouts(run, steps[-1])):
         mean = f"{fmean(tree.rewards):.3f}" if tree.rewards else "none"
         lines.append(f"{f'{steps[-1]}/{place}':<12}{len(tree.leaves):>6}{mean:>8}  {tree.task.id}")
-    return [*lines, f"the rollouts of steps {steps[0]} to {steps[-1]} are there"]
+    return [*lines, "mean: of the rewards of all leaves", f"the rollouts of steps {steps[0]} to {steps[-1]} are there"]
+
+
+def _kept(train: TrainConfig) -> str:
+    return (
+        f"every {train.checkpoint_every} steps were saved and the last {train.keep_checkpoints} kept "
+        "(train.checkpoint_every, train.keep_checkpoints); "
+    )
 
 
 def find_weights(found: Found) -> Path:
@@ -113,8 +120,9 @@ def find_weights(found: Found) -> Path:
     steps = [step for step in rollout_steps(found.run) if _versions_of(found.run, step) <= kept.keys()]
     shown = ", ".join(map(str, steps[:6] + (["..."] if len(steps) > 6 else []))) or "none"
     raise UserError(
-        f"rollout {found.rollout} was sampled by version {version} of the policy, and its weights are not there any "
-        f"more (train.keep_checkpoints = {found.config.train.keep_checkpoints}); there are versions "
+        f"rollout {found.rollout} was sampled by version {version} of the policy, and its weights are not there: "
+        + (f"the policy was {found.config.policy.path}; " if version == 0 else _kept(found.config.train))
+        + "there are versions "
         f"{', '.join(map(str, sorted(kept))) or 'none'}. Rollouts of these steps can be sampled again: {shown}. "
         "--recorded-tokens replays this one with its recorded tokens."
     )

@@ -16,6 +16,7 @@ from typing import Any
 from agentrl.assemble import env_factory, local_actors, sampling_params
 from agentrl.config import RunConfig
 from agentrl.env import ToolEnv
+from agentrl.errors import UserError
 from agentrl.recorded import Found, any_policy, changed_versions, find_weights
 from agentrl.renderer import Renderer
 from agentrl.rollout.answers import Answers
@@ -92,6 +93,8 @@ async def replay(found: Found, *, recorded_tokens: bool = False, live: bool = Fa
         UserError: the weights are not there any more, or there is no single version of them.
     """
     tree, limits = found.tree, found.config.rollout
+    if not tree.leaves:
+        raise UserError(f"rollout {found.rollout} has no leaves: the budget was spent before it began.")
     keeps, complete = POLICIES[limits.policy].keeps, not _failures(tree)
     # What was pruned is in no record: neither its tool results, nor where a budget cut it.
     follow = keeps and (not live or recorded_tokens or not complete or bool(limits.task_budget or limits.step_budget))

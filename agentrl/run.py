@@ -27,6 +27,7 @@ from agentrl.progress import StepTable, console, progress_bar
 from agentrl.recorded import find, listing
 from agentrl.renderer import Renderer
 from agentrl.replay import replay
+from agentrl.rollout.scheduler import check_env_forks, read_limits
 from agentrl.sandbox.shared import close_shared_sandboxes
 from agentrl.seeds import derive_seed
 from agentrl.tasks import TaskStream
@@ -160,6 +161,7 @@ def _check_inputs(config: RunConfig) -> TaskStream:
 
     if not config.policy.path:
         raise ConfigError("no policy: expected a Hugging Face folder, --policy DIR; `agentrl sft` makes a tiny one.")
+    read_limits(config.rollout)
     tasks = TaskStream(env_factory(config)().tasks("train"), config.seed)
     Renderer(load_tokenizer(config.policy.path), config.policy.tool_format)
     return tasks
@@ -217,6 +219,9 @@ def _aloud(metrics: Metrics) -> str:
     """What must not be overlooked in a step; empty where there is nothing."""
     failures = metrics["rollout/failures"] or 0
     words = [f"{failures:.0f} EPISODES FAILED"] if failures else []
+    words += [f"{cut:.0f} CUT BY A BUDGET"] if (cut := metrics["rollout/over_budget"]) else []
+    words += [f"{lost:.0f} FORKS FAILED"] if (lost := metrics["spent/forks_failed"]) else []
+    words += [f"{lost:.0f} BRANCHES FAILED"] if (lost := metrics["spent/dropped"]) else []
     words += ["NO SCORED EPISODE"] if metrics["reward"] is None else []
     words += [] if metrics["rollout/groups"] else ["NOTHING TO LEARN FROM"]
     return ", ".join(words)
@@ -229,6 +234,8 @@ def dry_run(config: RunConfig) -> None:
         UserError: whatever a real run would have stumbled over.
     """
     tasks = _check_inputs(config)
+    if read_limits(config.rollout)[0].forks:
+        check_env_forks(env_factory(config)(), config.rollout.policy)
     first = tasks.take(1)[0]
     asyncio.run(_open_episode(config, first))
     make_learner(config, load_start(config, None)[0], None)

@@ -204,3 +204,20 @@ def test_the_command_is_installed():
     done = subprocess.run([command, "frobnicate"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("agentrl: unknown command 'frobnicate'")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("rollout.policy_options", '{"inital": 2}', "did you mean 'initial'"),
+        ("rollout.policy_options", '{"initial": 99}', "at most rollout.group"),
+        ("rollout.task_budget", '{"token": 9}', "did you mean 'tokens'"),
+        ("rollout.step_budget", '{"calls": -1}', "greater than or equal to 0"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(policy_folder, capsys, flag, value, says):
+    words = ["train", "arithmetic", "--policy", str(policy_folder), "--dry-run", "--rollout.policy", "random_tree"]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, f"--{flag}", value])
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err

@@ -405,8 +405,9 @@ def test_what_there_is(runs, agentrl):
     run = runs("group")
     status, printed, _ = agentrl("replay", run)
     assert status == 0
-    head, *rows, last = printed.splitlines()
-    assert head.split() == ["rollout", "leaves", "reward", "task"]
+    head, *rows, note, last = printed.splitlines()
+    assert head.split() == ["rollout", "leaves", "mean", "task"]
+    assert note == "mean: of the rewards of all leaves"
     assert [row.split()[0] for row in rows] == ["2/0", "2/1", "2/2", "2/3"]
     assert [row.split()[3] for row in rows] == [tree["task"]["id"] for tree in trees_of(run, 2)]
     assert last == "the rollouts of steps 1 to 2 are there"

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from agentrl.config import RolloutConfig
 from agentrl.env import Env
-from agentrl.errors import ConfigError, TooManyFailures
+from agentrl.errors import ConfigError, TooManyFailures, UnknownName
 from agentrl.rollout.budget import Budget, Caps
 from agentrl.rollout.episode import Progress as EpisodeProgress
 from agentrl.rollout.gate import Gate
@@ -57,9 +57,7 @@ class Scheduler:
         self._limits, self._params = limits, params
         self._live, self._calls = Gate(limits.max_live), Gate(limits.max_calls)
         self._playing: dict[tuple[str, int, Name], EpisodeProgress] = {}
-        self.policy = make_policy(limits.policy, limits.policy_options, limits.group, limits.max_tokens)
-        self._task_caps = _caps("rollout.task_budget", limits.task_budget)
-        self._step_caps = _caps("rollout.step_budget", limits.step_budget)
+        self.policy, self._task_caps, self._step_caps = read_limits(limits)
 
     async def play(
         self, tasks: Sequence[Task], *, group: int, seed: int, progress: Progress | None = None
@@ -183,14 +181,7 @@ class Scheduler:
         """Refuse a policy that forks where it cannot, before anything is played."""
         if not self.policy.forks:
             return
-        env = self._make_env()
-        tools = [made for made in getattr(env, "make_tools", tuple)() if made.fork_level is ForkLevel.REFUSED]
-        if tools or getattr(env, "fork_level", None) is ForkLevel.REFUSED:
-            what = f"tool {tools[0].name!r}" if tools else type(env).__name__
-            raise ConfigError(
-                f"rollout.policy = {self._limits.policy!r} forks the environment, but {what} of {type(env).__name__} "
-                "refuses to be forked. Expected fork level copy, snapshot or replay; or use rollout.policy = 'group'."
-            )
+        check_env_forks(self._make_env(), self._limits.policy)
         writer = self._make_writer(0)
         writer.fork(0)
         if self.policy.needs_entropies and not writer.entropies:
@@ -233,13 +224,17 @@ class Scheduler:
 
     def _check_failures(self, trees: Sequence[RolloutTree]) -> None:
         leaves = [leaf for tree in trees for leaf in tree.leaves]
-        failed = [leaf for leaf in leaves if leaf.outcome.failed]
-        if len(failed) > self._limits.max_failures * len(leaves):
+        failed = [leaf.error for leaf in leaves if leaf.outcome.failed]
+        dropped = int(sum(tree.spent.get("dropped", 0) for tree in trees))  # branches, which were played anew
+        count, most = len(failed) + dropped, self._limits.max_failures
+        if count > most * (len(leaves) + dropped):
+            lost = [each.reason for tree in trees for each in tree.decisions if each.wanted and not each.granted]
+            first = next(iter([*failed, *lost]), "see spent/dropped")
             error = TooManyFailures(
-                f"{len(failed)} of {len(leaves)} episodes failed for reasons that are not the policy's; at most "
-                f"{self._limits.max_failures:.0%} may (rollout.max_failures). The first failure:\n{failed[0].error}"
+                f"{count} of {len(leaves) + dropped} episodes failed for reasons that are not the policy's; at most "
+                f"{most:.0%} may (rollout.max_failures). The first failure:\n{first}"
             )
-            error.sample = [leaf.error for leaf in failed]
+            error.sample = [*failed, *lost]
             raise error
 
 
@@ -254,12 +249,43 @@ async def _unwrapped(growing: Any) -> Any:
         raise first from first.__cause__
 
 
+def read_limits(limits: RolloutConfig) -> tuple[Policy, Caps, Caps]:
+    """The branching policy, and the budgets of a task and of a step.
+
+    Raises:
+        UnknownName: no such policy, option or budget.
+        ConfigError: options or budgets that cannot be met.
+    """
+    return (
+        make_policy(limits.policy, limits.policy_options, limits.group, limits.max_tokens),
+        _caps("rollout.task_budget", limits.task_budget),
+        _caps("rollout.step_budget", limits.step_budget),
+    )
+
+
+def check_env_forks(env: Env, policy: str) -> None:
+    """Refuse ``policy``, which forks, where a tool of ``env`` says that it cannot be forked.
+
+    Raises:
+        ConfigError: naming the tool.
+    """
+    tools = [made for made in getattr(env, "make_tools", tuple)() if made.fork_level is ForkLevel.REFUSED]
+    if tools or getattr(env, "fork_level", None) is ForkLevel.REFUSED:
+        what = f"tool {tools[0].name!r}" if tools else type(env).__name__
+        raise ConfigError(
+            f"rollout.policy = {policy!r} forks the environment, but {what} of {type(env).__name__} refuses to be "
+            "forked. Expected fork level copy, snapshot or replay; or use rollout.policy = 'group'."
+        )
+
+
 def _caps(key: str, given: Mapping[str, float]) -> Caps:
+    for name in given:
+        if name not in Caps.model_fields:
+            raise UnknownName(f"budget in {key}:", name, Caps.model_fields)
     try:
         return Caps.model_validate(dict(given))
     except ValidationError as error:
         wrong = error.errors()[0]
         raise ConfigError(
-            f"{key}.{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}, got {wrong['input']!r}; expected some of "
-            f"{', '.join(Caps.model_fields)}."
+            f"{key}.{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}, got {wrong['input']!r}."
         ) from error

@@ -355,8 +355,9 @@ class Tree:
         played = await self._play_fork(twin, seed)
         if played.leaf.outcome.failed and self.record is None:
             self._counts["dropped"] += 1
-        else:
-            self._deliver(played)
+            return
+        self._counts["branches"] += 1
+        self._deliver(played)
 
     def states(self, number: int) -> list[State]:
         """The kept states of the trees that began with root ``number``, in order."""

@@ -274,10 +274,15 @@ async def test_a_step_of_which_nothing_was_scored_has_no_reward():
 
 
 @pytest.mark.parametrize("key", ["task_budget", "step_budget"])
+def test_a_budget_of_something_else(key):
+    with pytest.raises(UnknownName, match=rf"budget in rollout\.{key}: 'token': did you mean 'tokens'"):
+        scheduler(Streaming(by_turn(Turn(0))), World(), **{key: {"token": 5}})
+
+
+@pytest.mark.parametrize("key", ["task_budget", "step_budget"])
 @pytest.mark.parametrize(
     ("caps", "says"),
     [
-        ({"token": 5}, "tokens, calls, seconds"),
         ({"tokens": 0}, "greater than or equal to 1"),
         ({"tokens": -3}, "greater than or equal to 1, got -3"),
         ({"tokens": 2.5}, "integer"),

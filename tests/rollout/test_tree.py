@@ -25,7 +25,7 @@ from streaming import (
     tool_results,
 )
 
-from agentrl.errors import ConfigError, EnvError, ForkRefused, SamplerError, TaskError
+from agentrl.errors import ConfigError, EnvError, ForkRefused, SamplerError, TaskError, TooManyFailures
 from agentrl.rollout.record import NO_LEAF
 from agentrl.types import Outcome
 
@@ -307,6 +307,13 @@ def names_and_tokens(tree):
     return {leaf.name: [node.token_ids for node in tree.path(leaf)] for leaf in tree.leaves}
 
 
+async def test_branches_that_fail_count_as_failures_though_they_are_played_anew():
+    sampler, world = Streaming(by_turn(CALL, CALL, ANSWER)), World(run=lambda tool: tool.lineage and broken(tool))
+    with pytest.raises(TooManyFailures, match=r"episodes failed(.|\n)*ended with env_failure") as stopped:
+        await grow(sampler, world, group=4, max_failures=0.2, **always(initial=1))
+    assert stopped.value.sample
+
+
 @pytest.mark.parametrize("how", ["raises", "nan", "timeout"])
 async def test_a_failing_branch_does_not_change_its_siblings(how):
     """The first branch alone fails, and the others are what they are where it does not."""
@@ -328,7 +335,7 @@ async def test_a_failing_branch_does_not_change_its_siblings(how):
 
     async def grown(**on):
         sampler = Streaming(by_turn(CALL, CALL, ANSWER))
-        limits = {"deadline": 0.3, "retries": 0, "max_failures": 0.0}
+        limits = {"deadline": 0.3, "retries": 0, "max_failures": 0.5}
         (tree,) = await grow(sampler, World(**on), group=4, **limits, **always(initial=1))
         check_tree(tree, 4)
         return tree

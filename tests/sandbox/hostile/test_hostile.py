@@ -6,7 +6,6 @@ import pytest
 
 from . import PROGRAMS, THEMES
 
-pytestmark = pytest.mark.xdist_group("hostile")  # one process sees them all, and so can say that none is left out
 BACKENDS = {"root", "ordinary user", "docker"}
 
 
