@@ -25,7 +25,7 @@ import gc
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from agentrl.config import RunConfig, Section, load_config
+from agentrl.config import RunConfig, Section, leaves, load_config
 from agentrl.equal_cost import UNITS, Point, Run
 from agentrl.errors import AgentRLError, ConfigError, RunFolderError, UnknownName
 from agentrl.evaluate import evaluate
@@ -136,7 +136,7 @@ def load_plan(file: str, overrides: Mapping[str, Any]) -> Plan:
         raise UnknownName("method for compare.reference", reference, names)
     configs = {}
     for name, table in wanted.methods.items():
-        changes = dict(_flat(table))
+        changes = dict(leaves(table))
         if refused := {"seed", "out"} & changes.keys():
             raise ConfigError(f"compare.methods.{name}.{refused.pop()}: expected it to be left to the comparison.")
         for seed in wanted.seeds:
@@ -175,14 +175,6 @@ def _check_method(name: str, config: RunConfig) -> None:
         raise ConfigError(f"compare.methods.{name}: expected train.checkpoint_every to be left out: it is 1 here.")
     rollout = config.rollout
     make_policy(rollout.policy, rollout.policy_options, rollout.group, rollout.max_tokens)
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in table.items():
-        if isinstance(value, Mapping) and not name.endswith(("options", "budget")):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _brief(value: Any) -> str:

@@ -58,8 +58,7 @@ Surrogate = Literal[
     "rollout_is",
     "vespo",
 ]
-Correction = Literal[
-    "none",
+CorrectionKind = Literal[
     "token_tis",
     "sequence_tis",
     "geometric_tis",
@@ -79,6 +78,7 @@ Correction = Literal[
     "seq_max_k2",
     "seq_max_k3",
 ]
+Correction = Literal["none"] | CorrectionKind
 
 
 class Section(BaseModel):
@@ -268,11 +268,11 @@ def load_config(file: str | Mapping[str, Any] | None = None, overrides: Mapping[
         UnknownName: an unknown key or algorithm, with the nearest valid name.
     """
     tree: dict[str, Any] = _read_toml(file) if isinstance(file, str) else copy.deepcopy(dict(file or {}))
-    for key, value in _leaves(_read_environment()):
+    for key, value in leaves(_read_environment()):
         _put(tree, key, value)
     for key, value in (overrides or {}).items():
         _put(tree, key, value)
-    for key, _ in _leaves(tree):
+    for key, _ in leaves(tree):
         if key not in known_keys():
             raise UnknownName("configuration key", key, known_keys())
     try:
@@ -339,11 +339,11 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything in nested sections; a table of options or of a budget is one value."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and not name.endswith(("options", "budget")):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

@@ -24,7 +24,7 @@ from statistics import fmean, stdev
 import numpy as np
 
 from agentrl.errors import ConfigError
-from agentrl.stats import LEVEL
+from agentrl.stats import t_quantile
 
 UNITS = ("calls", "tokens", "learner_tokens", "seconds")
 """Tool calls, generated tokens, unique tokens through the learner, and wall time of play and update."""
@@ -175,14 +175,6 @@ def interval(values: Iterable[float]) -> Interval:
         return Interval(mean, None, None, len(found))
     half = t_quantile(len(found) - 1) * stdev(found) / len(found) ** 0.5
     return Interval(mean, mean - half, mean + half, len(found))
-
-
-def t_quantile(freedom: int, level: float = LEVEL) -> float:
-    """The x with P(|T| < x) = ``level`` for Student's T, by quadrature in the angle arctan(x / sqrt(freedom))."""
-    angle = np.linspace(0.0, np.pi / 2, 20_001)
-    density = np.cos(angle) ** (freedom - 1)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return float(np.tan(np.interp(level, mass / mass[-1], angle)) * np.sqrt(freedom))
 
 
 def sign_flip_p_value(differences: Sequence[float]) -> float | None:

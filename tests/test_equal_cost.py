@@ -19,9 +19,9 @@ from agentrl.equal_cost import (
     reward_at,
     sign_flip_p_value,
     summarise,
-    t_quantile,
 )
 from agentrl.errors import ConfigError
+from agentrl.stats import t_quantile
 
 
 def run(method: str, seed: int, *points: tuple[float, float], failure: str = "") -> Run:

@@ -13,34 +13,14 @@ weight of the others); several corrections multiply.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from agentrl.config import CorrectionKind
 from agentrl.errors import ConfigError, UnknownName
 from agentrl.learner.loss import MAX_LOG_RATIO
-
-CorrectionKind = Literal[
-    "token_tis",
-    "sequence_tis",
-    "geometric_tis",
-    "token_mask",
-    "sequence_mask",
-    "geometric_mask",
-    "decoupled",
-    "token_k1",
-    "token_k2",
-    "token_k3",
-    "seq_sum_k1",
-    "seq_sum_k2",
-    "seq_sum_k3",
-    "seq_mean_k1",
-    "seq_mean_k2",
-    "seq_mean_k3",
-    "seq_max_k2",
-    "seq_max_k3",
-]
 
 BOUNDS: dict[str, tuple[float, float]] = {
     "token_tis": (0.0, 2.0),
