@@ -79,6 +79,8 @@ CorrectionKind = Literal[
     "seq_max_k3",
 ]
 Correction = Literal["none"] | CorrectionKind
+OWN_CORRECTION = ("dppo", "rollout_is")
+"""Surrogates whose ratio is to the sampler, so that a correction beside them would count its age twice."""
 
 
 class Section(BaseModel):
@@ -140,7 +142,10 @@ class PolicyConfig(Section):
     """Which model is trained or evaluated."""
 
     path: str = Field("", description="Hugging Face folder")
-    tool_format: Literal["hermes", "tags"] = Field("hermes", description="how tool calls are written")
+    tool_format: str = Field("hermes", description="how tool calls are written: a parser's name in vLLM, or tags")
+    template_options: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the chat template, as {enable_thinking = false}"
+    )
     threads: int = Field(0, ge=0, description="CPU threads for torch; 0: all cores")
     device: str = Field("auto", description="torch device; auto: cuda where there is one, else cpu")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -154,6 +159,13 @@ class PolicyConfig(Section):
 class SamplerConfig(Section):
     """How tokens are drawn."""
 
+    backend: Literal["hf", "vllm", "vllm_server"] = Field("hf", description="the engine; docs/vllm.md")
+    options: dict[str, Any] = Field(default_factory=dict, description="vllm: further arguments of its engine")
+    urls: tuple[str, ...] = Field((), description="vllm_server: addresses that agentrl serve printed")
+    transport: Literal["auto", "file", "ipc", "nccl", "adapter"] = Field(
+        "auto", description="how new weights reach vLLM; auto: ipc in one process on a GPU, else file"
+    )
+    weights_dir: str = Field("/dev/shm", description="folder for file and adapter; shared with servers elsewhere")
     temperature: float = Field(1.0, ge=0, description="softmax temperature")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass")
     max_slots: int = Field(512, ge=2, description="sequences the engine holds at once")
@@ -198,6 +210,7 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     beta2: float = Field(0.99, gt=0, lt=1, description="AdamW's second-moment decay")
     minibatches: int = Field(1, ge=1, description="optimizer steps per batch of rollouts")
+    staleness: Literal[0, 1] = Field(0, description="1: play the next batch during the update, with a correction")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm at which to clip")
     micro_tokens: int = Field(16384, ge=1, description="unique tokens per forward pass; gradients accumulate over them")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
@@ -291,7 +304,31 @@ def load_config(file: str | Mapping[str, Any] | None = None, overrides: Mapping[
             f"algorithm.overlong_buffer is {config.algorithm.overlong_buffer}: expected at most rollout.max_tokens, "
             f"which is {config.rollout.max_tokens}."
         )
+    if config.train.staleness:
+        _check_staleness(config)
     return config
+
+
+def _check_staleness(config: RunConfig) -> None:
+    """Refuse to learn from older rollouts what the loss would take for the newest."""
+    algorithm, every = config.algorithm, config.train.checkpoint_every
+    if algorithm.surrogate not in OWN_CORRECTION:
+        if algorithm.correction == "none":
+            raise ConfigError(
+                'train.staleness is 1, so rollouts are one update old, but algorithm.correction is "none": expected a '
+                'correction of that, as "token_tis" (truncated importance sampling), "sequence_tis" or "decoupled" '
+                '(decoupled PPO), with algorithm.old_logprobs "learner"; or set train.staleness to 0.'
+            )
+        if algorithm.old_logprobs == "sampler":
+            raise ConfigError(
+                f"train.staleness is 1 and algorithm.correction {algorithm.correction!r}, which weighs the learner's "
+                'old log-probs against the sampler\'s, but algorithm.old_logprobs is "sampler": set it to "learner".'
+            )
+    if every == 1:
+        raise ConfigError(
+            "train.staleness is 1, but train.checkpoint_every is 1, and nothing is played ahead of a checkpoint: no "
+            "step would overlap. Expected checkpoints less often, or train.staleness 0."
+        )
 
 
 def parse_flags(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:

@@ -17,7 +17,9 @@ MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path i
 CONTENT = sorted(p for kind in ("envs", "tools") for p in (CHECKOUT / kind).rglob("*.py") if p.name != "make_corpus.py")
 
 HEAVY = {"torch", "vllm"}
-MAY_IMPORT_HEAVY = {f"sampler/{name}" for name in ("hf", "slots", "draw", "proof", "vllm")} | {"warmstart"}
+MAY_IMPORT_HEAVY = {
+    f"sampler/{name}" for name in ("hf", "slots", "draw", "proof", "vllm", "vllm_worker", "weights")
+} | {"warmstart"}
 
 BASE = {"types", "errors"}
 FOUNDATION = {
@@ -29,6 +31,7 @@ FOUNDATION = {
     "_durable",
     "_versions",
     "_stand_in",
+    "_together",
     "progress",
     "collapse",
 }
@@ -41,6 +44,7 @@ LAYERS = [
         "tool",
         "tool_format",
         "rewards",
+        "chat_template",
         "renderer",
         "sandbox",
         "data",
@@ -54,7 +58,7 @@ LAYERS = [
         "tools",
     },
     {"sandboxes", "sampler", "rollout", "gym", "demonstrations", "_scripted", "conformance", "learner", "scaffold"},
-    {"assemble", "trace", "warmstart", "plot", "pytest_plugin"},
+    {"assemble", "handover", "trace", "warmstart", "plot", "pytest_plugin"},
     {"train", "evaluate", "recorded", "replay", "__init__"},
     {"compare", "compare_report"},
     {"run", "demo", "doctor"},

@@ -24,7 +24,9 @@ from agentrl.errors import SamplerError
 from agentrl.sampler.draw import draw, uniforms
 from agentrl.sampler.prefix import PrefixIndex
 from agentrl.sampler.proof import cannot_sample, check_lengths, plain_logits, prove
+from agentrl.sampler.request import check_request, ends_with_stop
 from agentrl.sampler.slots import ATTENTION, ROWS, Chunk, SlotCache
+from agentrl.sampler.weights import check_weights
 from agentrl.types import Completion, SamplingParams, StopReason, TokenEvent
 
 MAX_ROWS = 8192
@@ -152,21 +154,9 @@ class HFSampler:
         await asyncio.to_thread(self._thread.join)
 
     def _request(self, token_ids: Sequence[int], params: SamplingParams) -> _Request:
-        if not token_ids or len(token_ids) >= self.max_length:
-            raise SamplerError(
-                f"a prompt of {len(token_ids)} tokens cannot be continued: expected 1 to {self.max_length - 1} "
-                "(sampler.max_length - 1)."
-            )
-        if not 0 <= min(token_ids) <= max(token_ids) < self._vocabulary:
-            wrong = next(token for token in token_ids if not 0 <= token < self._vocabulary)
-            raise SamplerError(
-                f"token id {wrong} in the prompt: expected 0 to {self._vocabulary - 1}, the rows of the model. Its "
-                "tokenizer belongs to another model."
-            )
-        if params.max_tokens < 1 or not 0 < params.top_p <= 1 or not params.temperature >= 0:
-            raise SamplerError(f"expected max_tokens >= 1, 0 < top_p <= 1 and temperature >= 0, got {params}.")
-        if params.stop_strings and self.tokenizer is None:
-            raise SamplerError("stop_strings need a tokenizer: pass one to HFSampler.")
+        check_request(
+            token_ids, params, vocabulary=self._vocabulary, max_length=self.max_length, tokenizer=self.tokenizer
+        )
         loop = asyncio.get_running_loop()
         return _Request(list(token_ids), params, loop, loop.create_future(), prompt_length=len(token_ids))
 
@@ -352,12 +342,8 @@ class HFSampler:
         generated = len(request.tokens) - request.prompt_length
         if request.tokens[-1] in params.stop_ids:
             return StopReason.STOP
-        if params.stop_strings:
-            window = max(len(stop.encode()) for stop in params.stop_strings)  # a token is a byte or more
-            recent = request.tokens[-min(generated, window) :]
-            text = self.tokenizer.decode(recent, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            if any(stop in text for stop in params.stop_strings):
-                return StopReason.STOP
+        if ends_with_stop(self.tokenizer, request.tokens[request.prompt_length :], params.stop_strings):
+            return StopReason.STOP
         if generated >= params.max_tokens or len(request.tokens) >= self.max_length:
             return StopReason.LENGTH
         return None
@@ -377,13 +363,7 @@ class HFSampler:
         if self._closed is not None:
             raise self._failure()
         own = dict(self.model.named_parameters())
-        if own.keys() != source.keys():
-            missing, unknown = sorted(own.keys() - source.keys()), sorted(source.keys() - own.keys())
-            raise SamplerError(f"the weights do not fit: missing {missing[:3]}, unknown {unknown[:3]}.")
-        for name, parameter in own.items():
-            found = tuple(source[name].shape) if isinstance(source[name], Tensor) else type(source[name]).__name__
-            if found != tuple(parameter.shape):
-                raise SamplerError(f"{name}: expected a tensor of shape {tuple(parameter.shape)}, got {found}.")
+        check_weights(source, {name: tuple(parameter.shape) for name, parameter in own.items()})
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(source[name])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from agentrl.errors import SamplerError
+from agentrl.sampler.hf import HFSampler
 from agentrl.types import Completion, SamplingParams, StopReason
 
 PROMPT = tuple(range(30, 71))
@@ -52,7 +53,7 @@ def crowd(count, seed, vocab=448):
 
 
 async def test_ids_in_ids_out(make_sampler):
-    done = await make_sampler().sample(PROMPT, FREE)
+    done = await (await make_sampler()).sample(PROMPT, FREE)
     assert len(done.token_ids) == len(done.logprobs) == len(done.entropies) == len(done.policy_version) == 24
     assert done.stop_reason is StopReason.LENGTH
     assert all(isinstance(token, int) and 0 <= token < 448 for token in done.token_ids)
@@ -62,7 +63,7 @@ async def test_ids_in_ids_out(make_sampler):
 
 
 async def test_a_stop_id_ends_the_completion_and_is_its_last_token(make_sampler, same):
-    sampler = make_sampler()
+    sampler = await make_sampler()
     free = await sampler.sample(PROMPT, FREE)
     stop = free.token_ids[10]
     first = free.token_ids.index(stop)
@@ -75,7 +76,7 @@ async def test_a_stop_id_ends_the_completion_and_is_its_last_token(make_sampler,
 
 
 async def test_limits_of_tokens_and_of_length(make_sampler):
-    sampler = make_sampler(max_length=50)
+    sampler = await make_sampler(max_length=50)
     one = await sampler.sample(PROMPT, SamplingParams(1, seed=3))
     assert (len(one.token_ids), one.stop_reason) == (1, StopReason.LENGTH)
     room = await sampler.sample(PROMPT, SamplingParams(1000, seed=3))
@@ -85,10 +86,10 @@ async def test_limits_of_tokens_and_of_length(make_sampler):
 
 
 async def test_the_seed_is_all_the_randomness(make_sampler, same):
-    sampler = make_sampler()
+    sampler = await make_sampler()
     first = await sampler.sample(PROMPT, FREE)
     same(await sampler.sample(PROMPT, FREE), first)
-    same(await make_sampler().sample(PROMPT, FREE), first)
+    same(await (await make_sampler()).sample(PROMPT, FREE), first)
     others = [await sampler.sample(PROMPT, SamplingParams(24, seed=seed)) for seed in (4, 5, -1, 2**63 - 1)]
     assert len({first.token_ids, *(o.token_ids for o in others)}) == 5
 
@@ -96,7 +97,7 @@ async def test_the_seed_is_all_the_randomness(make_sampler, same):
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (1.3, 0.5), (0.0, 1.0)])
 async def test_logprobs_and_entropies_are_those_of_the_plain_model(make_sampler, make_model, temperature, top_p):
     model = make_model()
-    done = await make_sampler(model).sample(PROMPT, SamplingParams(40, temperature, top_p, seed=9))
+    done = await (await make_sampler(model)).sample(PROMPT, SamplingParams(40, temperature, top_p, seed=9))
     logprobs, entropies = references(make_model(), PROMPT, done)
     assert done.logprobs == pytest.approx(logprobs, abs=1e-5)
     assert done.entropies == pytest.approx(entropies, abs=1e-5)
@@ -104,7 +105,7 @@ async def test_logprobs_and_entropies_are_those_of_the_plain_model(make_sampler,
 
 
 async def test_greedy_takes_the_likeliest_token_whatever_the_seed(make_sampler, make_model):
-    sampler = make_sampler()
+    sampler = await make_sampler()
     done = await sampler.sample(PROMPT, SamplingParams(8, 0.0, seed=1))
     assert (await sampler.sample(PROMPT, SamplingParams(8, 0.0, 0.5, seed=2))).token_ids == done.token_ids
     plain = make_model().eval()
@@ -116,7 +117,7 @@ async def test_greedy_takes_the_likeliest_token_whatever_the_seed(make_sampler, 
 
 
 async def test_samples_follow_the_distribution(make_sampler, make_model):
-    sampler = make_sampler()
+    sampler = await make_sampler()
     seeds = range(400)
     params = [SamplingParams(1, 0.3, seed=seed) for seed in seeds]
     drawn = [d.token_ids[0] for d in await asyncio.gather(*(sampler.sample(PROMPT, p) for p in params))]
@@ -134,15 +135,18 @@ async def test_equal_bits_are_promised_wherever_the_processor_allows_them(
     make_sampler, processor, processor_keeps_bits
 ):
     """The tests below ask for them then; elsewhere for equal tokens and log-probs within 1e-4."""
-    if not (sampler := make_sampler()).deterministic and not processor_keeps_bits:
+    sampler = await make_sampler()
+    if not isinstance(sampler, HFSampler):
+        pytest.skip("vLLM's kernels are not ours, and nothing of the kind is promised for them")
+    if not sampler.deterministic and not processor_keeps_bits:
         pytest.skip(f"{processor}: matrix products or attention round differently among few rows and many")
     assert sampler.deterministic, f"{processor} keeps the bits of a row among few and many, the engine does not"
 
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_a_crowd_changes_nothing(make_sampler, seed, same):
-    alone = await make_sampler().sample(PROMPT, FREE)
-    sampler = make_sampler()
+    alone = await (await make_sampler()).sample(PROMPT, FREE)
+    sampler = await make_sampler()
     jobs = [asyncio.create_task(sampler.sample(ids, params)) for ids, params in crowd(15, seed)]
     await asyncio.sleep(0.01 * seed)
     late = asyncio.create_task(sampler.sample(PROMPT, FREE))
@@ -154,27 +158,27 @@ async def test_a_crowd_changes_nothing(make_sampler, seed, same):
 
 async def test_every_member_of_a_crowd_is_as_if_alone(make_sampler, same):
     requests = list(crowd(12, seed=5))
-    alone = [await make_sampler(max_slots=4).sample(ids, params) for ids, params in requests]
-    sampler = make_sampler()
+    alone = [await (await make_sampler(max_slots=4)).sample(ids, params) for ids, params in requests]
+    sampler = await make_sampler()
     together = await asyncio.gather(*(sampler.sample(ids, params) for ids, params in requests))
     same(together, alone)
 
 
 async def test_siblings_are_as_if_alone(make_sampler, same):
     params = [SamplingParams(16, seed=seed) for seed in range(8)]
-    alone = [await make_sampler(max_slots=2).sample(PROMPT, p) for p in params]
-    sampler = make_sampler()
+    alone = [await (await make_sampler(max_slots=2)).sample(PROMPT, p) for p in params]
+    sampler = await make_sampler()
     same(await asyncio.gather(*(sampler.sample(PROMPT, p) for p in params)), alone)
 
 
 async def test_a_next_turn_is_as_if_sampled_from_the_start(make_sampler, same):
-    sampler = make_sampler()
+    sampler = await make_sampler()
     ids = list(PROMPT)
     for turn in range(4):
         jobs = [asyncio.create_task(sampler.sample(others, params)) for others, params in crowd(5, turn)]
         params = SamplingParams(10, seed=turn)
         done = await sampler.sample(ids, params)
-        same(done, await make_sampler(max_slots=2).sample(ids, params))
+        same(done, await (await make_sampler(max_slots=2)).sample(ids, params))
         ids += [*done.token_ids, 17, 18, 19]
         await asyncio.gather(*jobs)
 
@@ -182,9 +186,9 @@ async def test_a_next_turn_is_as_if_sampled_from_the_start(make_sampler, same):
 @pytest.mark.parametrize("slots", [1, 2, 3, 5])
 async def test_few_slots_only_take_longer(make_sampler, slots, same, exact):
     requests = list(crowd(10, seed=7))
-    wide = make_sampler()
+    wide = await make_sampler()
     expected = await asyncio.gather(*(wide.sample(ids, params) for ids, params in requests))
-    narrow = make_sampler(max_slots=slots)
+    narrow = await make_sampler(max_slots=slots)
     assert narrow.deterministic or not exact
     for _ in range(2):
         same(await asyncio.gather(*(narrow.sample(ids, params) for ids, params in requests)), expected)
@@ -194,7 +198,7 @@ async def test_few_slots_only_take_longer(make_sampler, slots, same, exact):
 
 
 async def test_the_stream_is_the_sample(make_sampler, same):
-    sampler = make_sampler()
+    sampler = await make_sampler()
     done = await sampler.sample(PROMPT, FREE)
     events = [event async for event in sampler.stream(PROMPT, FREE)]
     assert tuple(e.token_id for e in events) == done.token_ids
@@ -204,7 +208,7 @@ async def test_the_stream_is_the_sample(make_sampler, same):
 
 
 async def test_tokens_are_streamed_as_they_come(make_sampler):
-    sampler = make_sampler(max_length=512)
+    sampler = await make_sampler(max_length=512)
     stream = sampler.stream(PROMPT, SamplingParams(400))
     async for _ in stream:
         break
@@ -214,8 +218,8 @@ async def test_tokens_are_streamed_as_they_come(make_sampler):
 
 
 async def test_a_cancelled_request_leaves_the_others_alone_and_frees_its_slot(make_sampler, same):
-    alone = await make_sampler().sample(PROMPT, FREE)
-    sampler = make_sampler(max_slots=2, max_length=512)
+    alone = await (await make_sampler()).sample(PROMPT, FREE)
+    sampler = await make_sampler(max_slots=2, max_length=512)
     kept = asyncio.create_task(sampler.sample(PROMPT, FREE))
     endless = asyncio.create_task(sampler.sample(range(50), SamplingParams(400)))
     waiting = asyncio.create_task(sampler.sample(range(60), SamplingParams(400)))
@@ -232,7 +236,7 @@ async def test_a_cancelled_request_leaves_the_others_alone_and_frees_its_slot(ma
 
 async def test_cancelling_at_any_moment_spoils_nothing(make_sampler, same):
     """Also half-way through a prompt, whose computed part must not pass for the whole."""
-    sampler = make_sampler(max_slots=6)
+    sampler = await make_sampler(max_slots=6)
     expected = {}
     for ids, params in crowd(8, seed=11):
         expected[tuple(ids)] = params, await sampler.sample(ids, params)
@@ -248,7 +252,7 @@ async def test_cancelling_at_any_moment_spoils_nothing(make_sampler, same):
 
 
 async def test_leaving_a_stream_cancels_it(make_sampler):
-    sampler = make_sampler(max_slots=1, max_length=512)
+    sampler = await make_sampler(max_slots=1, max_length=512)
     stream = sampler.stream(PROMPT, SamplingParams(450))
     async for event in stream:
         assert event.stop_reason is None
@@ -259,7 +263,7 @@ async def test_leaving_a_stream_cancels_it(make_sampler):
 
 
 async def test_stop_strings(make_sampler, tokenizer):
-    sampler = make_sampler(tokenizer=tokenizer, max_length=400)
+    sampler = await make_sampler(tokenizer=tokenizer, max_length=400)
     free = await sampler.sample(PROMPT, SamplingParams(40, seed=3))
     text = tokenizer.decode(free.token_ids)
     wanted = text[len(text) // 2 : len(text) // 2 + 4]
@@ -271,7 +275,7 @@ async def test_stop_strings(make_sampler, tokenizer):
 
 
 async def test_a_long_stop_string_is_found(make_sampler, tokenizer):
-    sampler = make_sampler(tokenizer=tokenizer, max_length=400)
+    sampler = await make_sampler(tokenizer=tokenizer, max_length=400)
     free = await sampler.sample(PROMPT, SamplingParams(80, 0.0))
     text = tokenizer.decode(free.token_ids)
     long = SamplingParams(80, 0.0, stop_strings=(text[: len(text) - 8],))
@@ -279,7 +283,7 @@ async def test_a_long_stop_string_is_found(make_sampler, tokenizer):
 
 
 async def test_a_stop_string_in_the_prompt_does_not_count(make_sampler, tokenizer):
-    sampler = make_sampler(tokenizer=tokenizer)
+    sampler = await make_sampler(tokenizer=tokenizer)
     prompt = tokenizer("</double>", add_special_tokens=False)["input_ids"]
     done = await sampler.sample(prompt, SamplingParams(5, 0.0, stop_strings=("</double>",)))
     assert "</double>" in tokenizer.decode(done.token_ids) or done.stop_reason is StopReason.LENGTH
@@ -301,7 +305,7 @@ async def test_a_stop_string_in_the_prompt_does_not_count(make_sampler, tokenize
     ],
 )
 async def test_impossible_requests_are_refused_and_harm_nobody(make_sampler, ids, params, message):
-    sampler = make_sampler()
+    sampler = await make_sampler()
     running = asyncio.create_task(sampler.sample(PROMPT, FREE))
     with pytest.raises(SamplerError, match=message):
         await sampler.sample(ids, params)
@@ -309,7 +313,7 @@ async def test_impossible_requests_are_refused_and_harm_nobody(make_sampler, ids
 
 
 async def test_close_fails_whoever_waits_and_whoever_comes(make_sampler):
-    sampler = make_sampler(max_slots=2, max_length=512)
+    sampler = await make_sampler(max_slots=2, max_length=512)
     jobs = [asyncio.create_task(sampler.sample(PROMPT, SamplingParams(450, seed=i))) for i in range(5)]
 
     async def consume():
@@ -330,7 +334,7 @@ async def test_close_fails_whoever_waits_and_whoever_comes(make_sampler):
 
 
 async def test_requests_racing_with_close_all_end(make_sampler):
-    sampler = make_sampler(max_slots=2)
+    sampler = await make_sampler(max_slots=2)
 
     async def ask(delay):
         await asyncio.sleep(delay)
@@ -355,7 +359,7 @@ def moved(model, scale=0.05, seed=0):
 
 
 async def test_new_weights_are_used_at_once_and_nothing_old_is(make_sampler, make_model, same):
-    sampler = make_sampler()
+    sampler = await make_sampler()
     before = await sampler.sample(PROMPT, FREE)
     model = make_model()
     model.load_state_dict(moved(model), strict=False)
@@ -366,15 +370,16 @@ async def test_new_weights_are_used_at_once_and_nothing_old_is(make_sampler, mak
     assert after.logprobs != before.logprobs
     logprobs, _ = references(model, PROMPT, after)
     assert after.logprobs == pytest.approx(logprobs, abs=1e-5)
-    same(after, await make_sampler(model, version=7).sample(PROMPT, FREE))  # as of a sampler born with them
+    same(after, await (await make_sampler(model, version=7)).sample(PROMPT, FREE))  # as of a sampler born with them
 
 
 async def test_requests_in_flight_go_on_under_the_new_weights(make_sampler, make_model):
-    sampler = make_sampler(max_length=512)
+    sampler = await make_sampler(max_length=512)
     model = make_model()
     model.load_state_dict(moved(model), strict=False)
     model.tie_weights()
     beside = asyncio.create_task(sampler.sample(PROMPT[:9], SamplingParams(300, seed=2)))
+    await asyncio.sleep(0)  # so that it is asked for first
     events = []
     async for event in sampler.stream(PROMPT, SamplingParams(300, seed=1)):
         events.append(event)
@@ -393,7 +398,7 @@ async def test_requests_in_flight_go_on_under_the_new_weights(make_sampler, make
 
 
 async def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(make_sampler, make_model, same):
-    sampler = make_sampler()
+    sampler = await make_sampler()
     before = await sampler.sample(PROMPT, FREE)
     good = moved(make_model())
     last = list(good)[-1]

@@ -31,6 +31,21 @@ SIZES = {
 
 
 @pytest.fixture
+async def make_sampler(make_model):
+    """Samplers that need no ``await`` to be made, closed at the end."""
+    made = []
+
+    def make(model=None, tokenizer=None, **options):
+        options = {"max_slots": 48, "max_length": 160} | options
+        made.append(HFSampler(make_model() if model is None else model, tokenizer, **options))
+        return made[-1]
+
+    yield make
+    for sampler in made:
+        await sampler.close()
+
+
+@pytest.fixture
 def sampler(make_sampler):
     return make_sampler()
 

@@ -1,0 +1,431 @@
+"""The production sampler: vLLM's AsyncLLM, whose engine runs in a process of its own beside this one.
+
+Token ids in, token ids out. Tokens are drawn in the engine by our own function (``vllm_worker``) and read back from
+shared memory (``board``), so log-probs, entropies, seeds and versions mean what they mean in the embedded sampler.
+Siblings share their prompt through vLLM's prefix cache. A weight update always empties it, since vLLM does not: keys of
+the old weights give log-probs that are wrong by nats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from agentrl.errors import SamplerError
+from agentrl.sampler.board import Board, Cells
+from agentrl.sampler.request import check_request, ends_with_stop
+from agentrl.sampler.weights import Shapes, check_weights, file_shapes, weight_files, write_weights
+from agentrl.types import Completion, SamplingParams, StopReason, TokenEvent
+
+_CPU_CACHE = 4 << 30
+"""Most bytes of keys and values on the CPU."""
+
+
+class VLLMSampler:
+    """Samples with vLLM. Made by ``start``, which brings an engine; or around an engine that somebody else closes.
+
+    Args:
+        engine: an ``AsyncLLM`` that was started with ``engine_arguments``.
+        board: the one that the engine's workers write to.
+        shapes: of the policy's parameters.
+        vocabulary: rows of the model's embedding.
+        tokenizer: needed only for ``stop_strings``.
+        max_slots: requests at once, at most the board's; the others wait for their turn.
+        max_length: most tokens of a sequence, at most the engine's.
+        version: of the weights in the engine.
+        weights_dir: where weights are written for the engine to read.
+
+    Attributes:
+        deterministic: False: vLLM's kernels may round by the size of the batch.
+        requests: requests in flight.
+        prompt_tokens: tokens of all prompts so far.
+        reused_tokens: those of them that came from the engine's prefix cache, by its own count.
+    """
+
+    entropies = True
+    deterministic = False
+
+    def __init__(
+        self,
+        engine: Any,
+        board: Board,
+        shapes: Shapes,
+        vocabulary: int,
+        tokenizer: Any = None,
+        *,
+        max_slots: int,
+        max_length: int,
+        version: int = 0,
+        weights_dir: str | os.PathLike[str] = "/dev/shm",
+    ) -> None:
+        self.engine, self.tokenizer, self.shapes = engine, tokenizer, shapes
+        self.max_length, self.version = max_length, version
+        self.requests = self.prompt_tokens = self.reused_tokens = 0
+        self._board, self._vocabulary = board, vocabulary
+        self._weights_dir = Path(weights_dir)
+        self._free = list(range(max_slots))
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._running: dict[str, int] = {}  # request id -> slot
+        self._counter = 0
+        self._updating = asyncio.Lock()
+        self._closed: SamplerError | None = None
+        self._folder: Path | None = None
+
+    @classmethod
+    async def start(
+        cls,
+        folder: str | os.PathLike[str],
+        tokenizer: Any = None,
+        *,
+        max_slots: int = 256,
+        max_length: int = 1024,
+        version: int = 0,
+        weights_dir: str | os.PathLike[str] = "/dev/shm",
+        options: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Start an engine.
+
+        Args:
+            folder: a Hugging Face folder.
+            tokenizer: needed only for ``stop_strings``.
+            max_slots: requests at once.
+            max_length: most tokens of a sequence.
+            version: of the folder's weights.
+            weights_dir: where weights are written for the engine to read; default: shared memory.
+            options: further arguments of vLLM's ``AsyncEngineArgs``; they win.
+
+        Raises:
+            SamplerError: vLLM is not installed, an option is unknown to it, or the engine did not start.
+        """
+        shapes = file_shapes(weight_files(Path(folder)))
+        own = Path(tempfile.mkdtemp(prefix="agentrl-vllm-", dir="/dev/shm"))
+        try:
+            board = Board.create(own / "board", max_slots, max_length)
+            engine, vocabulary = await _start_engine(
+                engine_arguments(folder, board, max_slots, max_length, options or {})
+            )
+            await engine.collective_rpc("agentrl_version", args=(version,))
+        except BaseException:
+            shutil.rmtree(own, ignore_errors=True)
+            raise
+        sampler = cls(
+            engine,
+            board,
+            shapes,
+            vocabulary,
+            tokenizer,
+            max_slots=max_slots,
+            max_length=max_length,
+            version=version,
+            weights_dir=weights_dir,
+        )
+        sampler._folder = own
+        return sampler
+
+    async def sample(self, token_ids: Sequence[int], params: SamplingParams) -> Completion:
+        """Continue ``token_ids``. See ``Sampler.sample``."""
+        pieces = [piece async for piece in self.generate(token_ids, params)]
+        ((ids, logprobs, entropies, versions), reason) = pieces[0]
+        assert reason is not None
+        return Completion(
+            tuple(ids),
+            tuple(logprobs),
+            tuple(entropies),
+            reason,
+            tuple(versions),
+            params.temperature,
+            params.top_p,
+        )
+
+    async def stream(self, token_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[TokenEvent, None]:
+        """Continue ``token_ids`` token by token; leaving the loop aborts the request."""
+        generating = self.generate(token_ids, params, pieces=True)
+        try:
+            async for cells, reason in generating:
+                last = len(cells.token_ids) - 1
+                for place, cell in enumerate(zip(*cells, strict=True)):
+                    yield TokenEvent(*cell, reason if place == last else None)
+        finally:
+            await generating.aclose()
+
+    async def generate(
+        self, token_ids: Sequence[int], params: SamplingParams, *, start: int = 0, pieces: bool = False
+    ) -> AsyncGenerator[tuple[Cells, StopReason | None], None]:
+        """Continue ``token_ids``, in one piece or as tokens come; the reason is given with the last piece.
+
+        Args:
+            token_ids: [T] prompt.
+            params: settings; ``max_tokens`` counts what is generated here.
+            start: tokens at the end of the prompt that were generated before, of a request that is taken up again:
+                its random numbers go on where they were.
+            pieces: yield as soon as there are tokens.
+
+        Raises:
+            SamplerError: a request that cannot be served, or the engine failed or is closed.
+        """
+        check_request(
+            token_ids, params, vocabulary=self._vocabulary, max_length=self.max_length, tokenizer=self.tokenizer
+        )
+        slot = await self._take_slot()
+        self._counter += 1
+        name = f"agentrl-{self._counter}"
+        self._running[name] = slot
+        self.requests += 1
+        outputs: Any = None
+        try:
+            outputs = self._submit(name, token_ids, params, slot, start, pieces or bool(params.stop_strings))
+            count = sent = 0
+            generated = list(token_ids[len(token_ids) - start :])
+            async for output in outputs:
+                if output.finished:
+                    self.prompt_tokens += len(token_ids)
+                    self.reused_tokens += output.num_cached_tokens or 0
+                part = output.outputs[0]
+                ids, reason = list(part.token_ids), _reason(part.finish_reason)
+                if part.finish_reason not in (None, "stop", "length"):
+                    raise self._closed or SamplerError(f"vLLM ended the request with {part.finish_reason!r}.")
+                if self._board.read(slot, count, count + len(ids)).token_ids != ids:
+                    raise SamplerError(
+                        "vLLM's tokens are not those that were drawn: expected the engine to sample through agentrl's "
+                        "logits processor. Is another processor, speculative decoding or async_scheduling switched on?"
+                    )
+                for token in ids:  # the engine knows no stop strings, and may be a few tokens ahead of this
+                    count += 1
+                    generated.append(token)
+                    if ends_with_stop(self.tokenizer, generated, params.stop_strings):
+                        reason = StopReason.STOP
+                        break
+                if pieces or reason is not None:
+                    yield self._board.read(slot, sent, count), reason
+                    sent = count
+                if reason is not None:
+                    return
+            raise self._closed or SamplerError("vLLM ended a request without saying why.")
+        except SamplerError:
+            raise
+        except Exception as error:
+            raise self._closed or SamplerError(f"vLLM failed: {type(error).__name__}: {error}") from error
+        finally:
+            if outputs is not None:
+                await outputs.aclose()
+            del self._running[name]
+            self.requests -= 1
+            self._give_slot(slot)
+
+    async def update_weights(self, source: Mapping[str, Tensor] | Path, version: int) -> None:
+        """Use ``source`` from now on: name -> tensor, or a checkpoint folder that the engine can read.
+
+        Requests in flight stop for it and go on with the new weights, computed again from their first token, so that
+        no token rests on keys of old weights.
+
+        Raises:
+            SamplerError: weights of another policy, which are refused before anything is loaded; or the engine failed
+                while it loaded them, after which nothing can be sampled any more.
+        """
+        async with self._updating:
+            self._check_open()
+            if isinstance(source, Path):
+                files = weight_files(source)
+                check_weights(await asyncio.to_thread(file_shapes, files), self.shapes)
+                await self._load(files, version)
+                return
+            check_weights(source, self.shapes)
+            with _file(self._weights_dir) as path:
+                await asyncio.to_thread(write_weights, source, path)
+                await self._load([path], version)
+
+    async def close(self) -> None:
+        """Abort what is in flight and stop the engine, if it is ours. Safe to call twice."""
+        if self._closed is None:
+            self._closed = SamplerError("the sampler is closed: close() was called")
+        with suppress(Exception):  # of an engine that is dead already
+            await self.engine.abort(list(self._running))
+        while self._waiting:
+            _wake(self._waiting.popleft())
+        if self._folder is not None:
+            folder, self._folder = self._folder, None
+            await asyncio.to_thread(self.engine.shutdown)
+            shutil.rmtree(folder, ignore_errors=True)
+            self.engine = None
+            gc.collect()  # it is full of cycles, and complains when it is found at the end of the process
+
+    # -- within ------------------------------------------------------------------------------------------------------
+
+    def _submit(
+        self, name: str, token_ids: Sequence[int], params: SamplingParams, slot: int, start: int, pieces: bool
+    ) -> Any:
+        from vllm import SamplingParams as EngineParams
+        from vllm import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        from agentrl.sampler.vllm_worker import KEY
+
+        seed = params.seed & 0xFFFFFFFFFFFFFFFF
+        settings = EngineParams(
+            temperature=0.0,  # the token is drawn before vLLM looks at it
+            max_tokens=min(params.max_tokens, self.max_length - len(token_ids)),
+            stop_token_ids=list(params.stop_ids),
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA if pieces else RequestOutputKind.FINAL_ONLY,
+            extra_args={KEY: [slot, seed, params.temperature, params.top_p, start]},
+        )
+        return self.engine.generate(TokensPrompt(prompt_token_ids=list(token_ids)), settings, name)
+
+    async def _load(self, files: Sequence[Path], version: int) -> None:
+        try:
+            await self.engine.pause_generation(mode="keep", clear_cache=False)
+            counts = await self.engine.collective_rpc("agentrl_load", args=([str(file) for file in files], version))
+            if set(counts) != {len(self.shapes)}:
+                raise SamplerError(f"the engine's workers loaded {counts} tensors, expected {len(self.shapes)} each.")
+            if not await self.engine.reset_prefix_cache(reset_running_requests=True):
+                raise SamplerError("the engine did not empty its prefix cache: its keys are of the old weights.")
+            await self.engine.resume_generation()
+        except BaseException as error:  # half of the weights may be in
+            failure = SamplerError(f"vLLM did not take the weights: {type(error).__name__}: {error}")
+            self._closed = failure
+            with suppress(Exception):
+                await self.engine.abort(list(self._running))
+            if not isinstance(error, Exception):
+                raise
+            raise failure from error
+        self.version = version
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise SamplerError(str(self._closed)) from self._closed
+
+    async def _take_slot(self) -> int:
+        """A free row of the board, first come first served."""
+        self._check_open()
+        if self._free and not self._waiting:
+            return self._free.pop()
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._wake_next()
+            else:
+                self._waiting.remove(turn)
+            raise
+        self._check_open()
+        return self._free.pop()
+
+    def _give_slot(self, slot: int) -> None:
+        self._free.append(slot)
+        self._wake_next()
+
+    def _wake_next(self) -> None:
+        if self._waiting:
+            _wake(self._waiting.popleft())
+
+
+def engine_arguments(
+    folder: str | os.PathLike[str], board: Board, max_slots: int, max_length: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What vLLM has to be started with for ``VLLMSampler``, in-process and as a server alike; ``options`` win.
+
+    ``docs/vllm.md`` says what each is for.
+    """
+    import torch
+
+    from agentrl.sampler.vllm_worker import KEY, Drawing, Extension
+
+    arguments: dict[str, Any] = {
+        "model": str(folder),
+        "max_model_len": max_length,
+        "max_num_seqs": max_slots,
+        "enable_prefix_caching": True,
+        "async_scheduling": False,  # a token has to be in the board before the engine speaks of it
+        "logits_processors": [f"{Drawing.__module__}:{Drawing.__qualname__}"],
+        "worker_extension_cls": f"{Extension.__module__}.{Extension.__qualname__}",
+        "additional_config": {KEY: board.arguments},
+        "generation_config": "vllm",  # the folder's own may set a temperature
+    }
+    if not torch.cuda.is_available():
+        arguments |= {"dtype": "float32", "enforce_eager": True, "block_size": 32}
+        arguments["kv_cache_memory_bytes"] = _cpu_cache(folder, max_slots, max_length)
+    return arguments | dict(options)
+
+
+def _cpu_cache(folder: str | os.PathLike[str], max_slots: int, max_length: int) -> int:
+    """Bytes of keys and values, fp32, of all slots at full length, within bounds: vLLM's own default is gigabytes."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    wanted = 2 * 4 * config.num_hidden_layers * heads * size * max_slots * (max_length + 32)
+    return int(max(64 << 20, min(wanted, _CPU_CACHE)))
+
+
+async def _start_engine(arguments: Mapping[str, Any]) -> tuple[Any, int]:
+    """The engine, and the rows of its model's embedding."""
+    try:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+    except ImportError as error:
+        raise SamplerError(f"sampler.backend is vllm, which cannot be imported: {error}. See docs/vllm.md.") from error
+    try:
+        settings = AsyncEngineArgs(**arguments)
+    except TypeError as error:
+        raise SamplerError(f"sampler.options: vLLM does not take them: {error}") from error
+    with _environment():
+        try:
+            engine = await asyncio.to_thread(AsyncLLM.from_engine_args, settings)
+        except Exception as error:
+            raise SamplerError(f"vLLM did not start: {type(error).__name__}: {error}") from error
+    return engine, int(engine.model_config.get_vocab_size())
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """What the engine's process has to find in its environment; ours is put back."""
+    import torch
+
+    wanted = {
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # whose logits processors are of another kind
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads
+    }
+    if not torch.cuda.is_available():
+        wanted["OMP_NUM_THREADS"] = "1"  # its own threads and OpenMP's fight for the cores: 8 tokens/s
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update({name: os.environ.get(name, value) for name, value in wanted.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+
+
+@contextmanager
+def _file(folder: Path) -> Iterator[Path]:
+    """A name for a file of weights, which is gone afterwards."""
+    path = folder / f"agentrl-{os.getpid()}-{os.urandom(4).hex()}.safetensors"
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _reason(finish_reason: str | None) -> StopReason | None:
+    return None if finish_reason is None else StopReason.STOP if finish_reason == "stop" else StopReason.LENGTH
+
+
+def _wake(turn: asyncio.Future[None]) -> None:
+    if not turn.done():
+        turn.set_result(None)

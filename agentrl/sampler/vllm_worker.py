@@ -1,0 +1,139 @@
+"""What runs inside of vLLM's engine process: our way of drawing a token, and the loading of weights.
+
+vLLM computes logits; the token is drawn by ``draw.draw``, the very function of the embedded sampler. So log-probs are
+those of the distribution that was sampled from, entropies are exact, random numbers depend on (seed, position) alone,
+and the same weights and seeds give the same tokens with either engine. vLLM's own top log-probs would give the entropy
+of some of the vocabulary, at many times the cost (measured in docs/performance.md).
+
+The drawn token is handed to vLLM by leaving it as the only possible one, so its own sampler has nothing to decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from agentrl.sampler.board import Board
+from agentrl.sampler.draw import draw, uniforms
+
+KEY = "agentrl"
+"""Of the board in vLLM's ``additional_config``, and of a request's settings in its ``extra_args``."""
+
+
+class _Weights:
+    """The version of the weights in this process, which has one engine."""
+
+    version = 0
+
+
+@dataclass(slots=True)
+class _Row:
+    """A request in the batch: its tokens, a list that vLLM extends, its row of the board, and how it is sampled."""
+
+    tokens: Sequence[int]
+    slot: int
+    seed: int
+    temperature: float
+    top_p: float
+    start: int
+
+
+class Drawing(LogitsProcessor):  # type: ignore[misc]
+    """Draws the next token of every request of ours; rows of other clients of the engine are left to vLLM."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self._board = Board(**vllm_config.additional_config[KEY])
+        self._device = device
+        self._rows: dict[int, _Row] = {}
+        self._settings: tuple[list[int], Tensor, Tensor] | None = None
+
+    def is_argmax_invariant(self) -> bool:
+        """False: it decides which token is the likeliest, and wants logits before any temperature."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow the requests through the batch in the order that vLLM prescribes: removed, added, moved."""
+        if batch_update is None:
+            return
+        self._settings = None
+        for index in batch_update.removed:
+            self._rows.pop(index, None)
+        for index, params, _, tokens in batch_update.added:
+            self._rows.pop(index, None)
+            given = (params.extra_args or {}).get(KEY)
+            if given is not None:
+                self._rows[index] = _Row(tokens, *given)
+        for one, two, direction in batch_update.moved:
+            moved, other = self._rows.pop(one, None), self._rows.pop(two, None)
+            if moved is not None:
+                self._rows[two] = moved
+            if other is not None and direction is MoveDirectionality.SWAP:
+                self._rows[one] = other
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """[B, V] fp32 logits in, and out with only the drawn token possible."""
+        if not self._rows:
+            return logits
+        rows = list(self._rows.values())
+        if self._settings is None:
+            columns = [[row.temperature for row in rows], [row.top_p for row in rows]]
+            self._settings = list(self._rows), *torch.tensor(columns, device=self._device)
+        indices, temperature, top_p = self._settings
+        places = [row.start + len(row.tokens) for row in rows]
+        everybody = indices == list(range(len(logits)))
+        uniform = uniforms([row.seed for row in rows], places)
+        drawn = draw(logits if everybody else logits[indices], temperature, top_p, uniform)
+        places = [place - row.start for place, row in zip(places, rows, strict=True)]
+        found = torch.stack([column.double() for column in drawn]).cpu().numpy()  # in one transfer
+        self._board.write([row.slot for row in rows], places, _Weights.version, found)
+        if everybody:
+            logits.fill_(float("-inf"))
+            return logits.scatter_(1, drawn.token_ids[:, None], 0.0)
+        logits[indices] = float("-inf")
+        logits[indices, drawn.token_ids] = 0.0
+        return logits
+
+
+class Extension:
+    """Methods that vLLM's workers gain, called by ``collective_rpc``; they take what JSON can hold."""
+
+    reload_weights: Any
+    model_runner: Any
+
+    def agentrl_load(self, files: list[str], version: int) -> int:
+        """Load the weights in safetensors ``files`` and count them as ``version``; returns how many tensors came."""
+        count = 0
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
+
+            def weights() -> Any:
+                nonlocal count
+                for file in opened:
+                    for name in file.keys():  # noqa: SIM118 -- no mapping, though it has keys
+                        count += 1
+                        yield name, file.get_tensor(name)
+
+            self.reload_weights(weights_iterator=weights())
+        _pack_tied_heads(self.model_runner.get_model())
+        _Weights.version = version
+        return count
+
+    def agentrl_version(self, version: int) -> None:
+        """Count the weights in use as ``version``."""
+        _Weights.version = version
+
+
+def _pack_tied_heads(model: torch.nn.Module) -> None:
+    """Pack the output layers anew: on the CPU vLLM computes with a copy, and a reload forgets that of a tied one."""
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
+            module.quant_method.process_weights_after_loading(module)
