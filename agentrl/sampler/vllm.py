@@ -254,6 +254,8 @@ class VLLMSampler:
             _wake(self._waiting.popleft())
         if self._folder is not None:
             folder, self._folder = self._folder, None
+            if self.engine.output_handler is not None:
+                self.engine.output_handler.cancel()  # or it reports that its engine is gone
             await asyncio.to_thread(self.engine.shutdown)
             shutil.rmtree(folder, ignore_errors=True)
             self.engine = None
@@ -265,7 +267,7 @@ class VLLMSampler:
         self, name: str, token_ids: Sequence[int], params: SamplingParams, slot: int, start: int, pieces: bool
     ) -> Any:
         from vllm import SamplingParams as EngineParams
-        from vllm import TokensPrompt
+        from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         from agentrl.sampler.vllm_worker import KEY
@@ -280,7 +282,7 @@ class VLLMSampler:
             output_kind=RequestOutputKind.DELTA if pieces else RequestOutputKind.FINAL_ONLY,
             extra_args={KEY: [slot, seed, params.temperature, params.top_p, start]},
         )
-        return self.engine.generate(TokensPrompt(prompt_token_ids=list(token_ids)), settings, name)
+        return self.engine.generate(tokens_input(list(token_ids)), settings, name)
 
     async def _load(self, files: Sequence[Path], version: int) -> None:
         try:
@@ -374,7 +376,7 @@ def _cpu_cache(folder: str | os.PathLike[str], max_slots: int, max_length: int) 
 async def _start_engine(arguments: Mapping[str, Any]) -> tuple[Any, int]:
     """The engine, and the rows of its model's embedding."""
     try:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are about choices made here
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
     except ImportError as error:
@@ -402,6 +404,7 @@ def _environment() -> Iterator[None]:
     }
     if not torch.cuda.is_available():
         wanted["OMP_NUM_THREADS"] = "1"  # its own threads and OpenMP's fight for the cores: 8 tokens/s
+        wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and worker share a process, as on one GPU
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update({name: os.environ.get(name, value) for name, value in wanted.items()})
     try:
