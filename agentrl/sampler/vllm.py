@@ -14,8 +14,8 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,11 +24,22 @@ from torch import Tensor
 from agentrl.errors import SamplerError
 from agentrl.sampler.board import Board, Cells
 from agentrl.sampler.request import check_request, ends_with_stop
-from agentrl.sampler.weights import Shapes, check_weights, file_shapes, weight_files, write_weights
+from agentrl.sampler.transport import Kind, Transport
+from agentrl.sampler.vllm_engine import KEY, engine_arguments, start_engine
+from agentrl.sampler.weights import Shapes, file_shapes, weight_files
 from agentrl.types import Completion, SamplingParams, StopReason, TokenEvent
 
-_CPU_CACHE = 4 << 30
-"""Most bytes of keys and values on the CPU."""
+RECEIVES = (
+    "load_files",
+    "load_adapter",
+    "transfer_init",
+    "transfer_begin",
+    "transfer_update",
+    "transfer_end",
+    "sleep",
+    "wake",
+)
+"""Methods of ``VLLMSampler`` that take weights; a server passes them on."""
 
 
 class VLLMSampler:
@@ -43,6 +54,7 @@ class VLLMSampler:
         max_slots: requests at once, at most the board's; the others wait for their turn.
         max_length: most tokens of a sequence, at most the engine's.
         version: of the weights in the engine.
+        transport: how tensors reach it.
         weights_dir: where weights are written for the engine to read.
 
     Attributes:
@@ -66,13 +78,16 @@ class VLLMSampler:
         max_slots: int,
         max_length: int,
         version: int = 0,
+        transport: Kind = "file",
         weights_dir: str | os.PathLike[str] = "/dev/shm",
     ) -> None:
         self.engine, self.tokenizer, self.shapes = engine, tokenizer, shapes
         self.max_length, self.version = max_length, version
         self.requests = self.prompt_tokens = self.reused_tokens = 0
         self._board, self._vocabulary = board, vocabulary
-        self._weights_dir = Path(weights_dir)
+        self.transport = Transport(transport, shapes, weights_dir)
+        self.workers: int = engine.vllm_config.parallel_config.world_size
+        self._adapter: Any = None
         self._free = list(range(max_slots))
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._running: dict[str, int] = {}  # request id -> slot
@@ -90,6 +105,7 @@ class VLLMSampler:
         max_slots: int = 256,
         max_length: int = 1024,
         version: int = 0,
+        transport: Kind = "file",
         weights_dir: str | os.PathLike[str] = "/dev/shm",
         options: Mapping[str, Any] | None = None,
     ) -> Self:
@@ -101,6 +117,7 @@ class VLLMSampler:
             max_slots: requests at once.
             max_length: most tokens of a sequence.
             version: of the folder's weights.
+            transport: how new weights reach the engine.
             weights_dir: where weights are written for the engine to read; default: shared memory.
             options: further arguments of vLLM's ``AsyncEngineArgs``; they win.
 
@@ -111,7 +128,7 @@ class VLLMSampler:
         own = Path(tempfile.mkdtemp(prefix="agentrl-vllm-", dir="/dev/shm"))
         try:
             board = Board.create(own / "board", max_slots, max_length)
-            engine, vocabulary = await _start_engine(
+            engine, vocabulary = await start_engine(
                 engine_arguments(folder, board, max_slots, max_length, options or {})
             )
             await engine.collective_rpc("agentrl_version", args=(version,))
@@ -127,6 +144,7 @@ class VLLMSampler:
             max_slots=max_slots,
             max_length=max_length,
             version=version,
+            transport=transport,
             weights_dir=weights_dir,
         )
         sampler._folder = own
@@ -223,10 +241,10 @@ class VLLMSampler:
             self._give_slot(slot)
 
     async def update_weights(self, source: Mapping[str, Tensor] | Path, version: int) -> None:
-        """Use ``source`` from now on: name -> tensor, or a checkpoint folder that the engine can read.
+        """Use ``source`` from now on: name -> tensor, a checkpoint folder, or a folder of LoRA adapters.
 
         Requests in flight stop for it and go on with the new weights, computed again from their first token, so that
-        no token rests on keys of old weights.
+        no token rests on keys of old weights. Those of adapters go on with the adapter that they began with.
 
         Raises:
             SamplerError: weights of another policy, which are refused before anything is loaded; or the engine failed
@@ -234,20 +252,73 @@ class VLLMSampler:
         """
         async with self._updating:
             self._check_open()
-            if isinstance(source, Path):
-                files = weight_files(source)
-                check_weights(await asyncio.to_thread(file_shapes, files), self.shapes)
-                await self._load(files, version)
-                return
-            check_weights(source, self.shapes)
-            with _file(self._weights_dir) as path:
-                await asyncio.to_thread(write_weights, source, path)
-                await self._load([path], version)
+            await self.transport.send(source, version, [self])
+
+    async def receive(self, method: str, **arguments: Any) -> None:
+        """One of ``RECEIVES``: for whoever sends weights to several engines, see ``transport``."""
+        if method not in RECEIVES:
+            raise SamplerError(f"{method!r} takes no weights: expected one of {', '.join(RECEIVES)}.")
+        await getattr(self, method)(**arguments)
+
+    async def load_files(self, files: Sequence[str], version: int) -> None:
+        """Load all weights from safetensors ``files``."""
+        async with self._loading(version):
+            counts = await self.engine.collective_rpc("agentrl_load", args=(list(files), version))
+            if set(counts) != {len(self.shapes)}:
+                raise SamplerError(f"the engine's workers loaded {counts} tensors, expected {len(self.shapes)} each.")
+
+    async def load_adapter(self, folder: str, version: int) -> None:
+        """Put the LoRA adapters in ``folder`` in the place of the last ones; the engine runs with ``enable_lora``."""
+        from vllm.lora.request import LoRARequest
+
+        async with self._loading(version):
+            request = LoRARequest("policy", 1, folder, load_inplace=True)
+            if not await self.engine.add_lora(request):
+                raise SamplerError(f"the engine did not take the adapters in {folder}.")
+            await self.engine.collective_rpc("agentrl_version", args=(version,))
+            self._adapter = LoRARequest("policy", 1, folder)
+
+    async def transfer_init(self, info: dict[str, Any]) -> None:
+        """Meet vLLM's trainer; ``weight_transfer_config`` names the backend."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+
+    async def transfer_begin(self) -> None:
+        """Pause until ``transfer_end``."""
+        await self.engine.pause_generation(mode="keep", clear_cache=False)
+        await self.engine.start_weight_update()
+
+    async def transfer_update(self, info: Any) -> None:
+        """Take a part of the weights."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self.engine.update_weights(WeightTransferUpdateRequest(update_info=info))
+
+    async def transfer_end(self, version: int) -> None:
+        """All parts are there."""
+        async with self._loading(version):
+            await self.engine.finish_weight_update()
+            await self.engine.collective_rpc("agentrl_version", args=(version,))
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory to the learner until ``wake``: weights move to the host, keys and values are dropped.
+
+        Only with the option ``enable_sleep_mode``; else, and on the CPU, nothing is held that could be given.
+        """
+        if self.engine.vllm_config.model_config.enable_sleep_mode:
+            await self.engine.sleep(level=1, mode="keep")
+
+    async def wake(self) -> None:
+        """Take the memory back."""
+        if self.engine.vllm_config.model_config.enable_sleep_mode:
+            await self.engine.wake_up()
 
     async def close(self) -> None:
         """Abort what is in flight and stop the engine, if it is ours. Safe to call twice."""
         if self._closed is None:
             self._closed = SamplerError("the sampler is closed: close() was called")
+        self.transport.close()
         with suppress(Exception):  # of an engine that is dead already
             await self.engine.abort(list(self._running))
         while self._waiting:
@@ -270,8 +341,6 @@ class VLLMSampler:
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
-        from agentrl.sampler.vllm_worker import KEY
-
         seed = params.seed & 0xFFFFFFFFFFFFFFFF
         settings = EngineParams(
             temperature=0.0,  # the token is drawn before vLLM looks at it
@@ -282,14 +351,15 @@ class VLLMSampler:
             output_kind=RequestOutputKind.DELTA if pieces else RequestOutputKind.FINAL_ONLY,
             extra_args={KEY: [slot, seed, params.temperature, params.top_p, start]},
         )
-        return self.engine.generate(tokens_input(list(token_ids)), settings, name)
+        prompt = tokens_input(list(token_ids))
+        return self.engine.generate(prompt, settings, name, lora_request=self._adapter)
 
-    async def _load(self, files: Sequence[Path], version: int) -> None:
+    @asynccontextmanager
+    async def _loading(self, version: int) -> AsyncIterator[None]:
+        """New weights come in here: nothing is sampled meanwhile, nor ever again if it fails half-way."""
         try:
             await self.engine.pause_generation(mode="keep", clear_cache=False)
-            counts = await self.engine.collective_rpc("agentrl_load", args=([str(file) for file in files], version))
-            if set(counts) != {len(self.shapes)}:
-                raise SamplerError(f"the engine's workers loaded {counts} tensors, expected {len(self.shapes)} each.")
+            yield
             if not await self.engine.reset_prefix_cache(reset_running_requests=True):
                 raise SamplerError("the engine did not empty its prefix cache: its keys are of the old weights.")
             await self.engine.resume_generation()
@@ -332,97 +402,6 @@ class VLLMSampler:
     def _wake_next(self) -> None:
         if self._waiting:
             _wake(self._waiting.popleft())
-
-
-def engine_arguments(
-    folder: str | os.PathLike[str], board: Board, max_slots: int, max_length: int, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What vLLM has to be started with for ``VLLMSampler``, in-process and as a server alike; ``options`` win.
-
-    ``docs/vllm.md`` says what each is for.
-    """
-    import torch
-
-    from agentrl.sampler.vllm_worker import KEY, Drawing, Extension
-
-    arguments: dict[str, Any] = {
-        "model": str(folder),
-        "max_model_len": max_length,
-        "max_num_seqs": max_slots,
-        "enable_prefix_caching": True,
-        "async_scheduling": False,  # a token has to be in the board before the engine speaks of it
-        "logits_processors": [f"{Drawing.__module__}:{Drawing.__qualname__}"],
-        "worker_extension_cls": f"{Extension.__module__}.{Extension.__qualname__}",
-        "additional_config": {KEY: board.arguments},
-        "generation_config": "vllm",  # the folder's own may set a temperature
-    }
-    if not torch.cuda.is_available():
-        arguments |= {"dtype": "float32", "enforce_eager": True, "block_size": 32}
-        arguments["kv_cache_memory_bytes"] = _cpu_cache(folder, max_slots, max_length)
-    return arguments | dict(options)
-
-
-def _cpu_cache(folder: str | os.PathLike[str], max_slots: int, max_length: int) -> int:
-    """Bytes of keys and values, fp32, of all slots at full length, within bounds: vLLM's own default is gigabytes."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    wanted = 2 * 4 * config.num_hidden_layers * heads * size * max_slots * (max_length + 32)
-    return int(max(64 << 20, min(wanted, _CPU_CACHE)))
-
-
-async def _start_engine(arguments: Mapping[str, Any]) -> tuple[Any, int]:
-    """The engine, and the rows of its model's embedding."""
-    try:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are about choices made here
-        from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-    except ImportError as error:
-        raise SamplerError(f"sampler.backend is vllm, which cannot be imported: {error}. See docs/vllm.md.") from error
-    try:
-        settings = AsyncEngineArgs(**arguments)
-    except TypeError as error:
-        raise SamplerError(f"sampler.options: vLLM does not take them: {error}") from error
-    with _environment():
-        try:
-            engine = await asyncio.to_thread(AsyncLLM.from_engine_args, settings)
-        except Exception as error:
-            raise SamplerError(f"vLLM did not start: {type(error).__name__}: {error}") from error
-    return engine, int(engine.model_config.get_vocab_size())
-
-
-@contextmanager
-def _environment() -> Iterator[None]:
-    """What the engine's process has to find in its environment; ours is put back."""
-    import torch
-
-    wanted = {
-        "VLLM_USE_V2_MODEL_RUNNER": "0",  # whose logits processors are of another kind
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads
-    }
-    if not torch.cuda.is_available():
-        wanted["OMP_NUM_THREADS"] = "1"  # its own threads and OpenMP's fight for the cores: 8 tokens/s
-        wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and worker share a process, as on one GPU
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update({name: os.environ.get(name, value) for name, value in wanted.items()})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-
-
-@contextmanager
-def _file(folder: Path) -> Iterator[Path]:
-    """A name for a file of weights, which is gone afterwards."""
-    path = folder / f"agentrl-{os.getpid()}-{os.urandom(4).hex()}.safetensors"
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _reason(finish_reason: str | None) -> StopReason | None:

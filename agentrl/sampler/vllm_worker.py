@@ -24,9 +24,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from agentrl.sampler.board import Board
 from agentrl.sampler.draw import draw, uniforms
-
-KEY = "agentrl"
-"""Of the board in vLLM's ``additional_config``, and of a request's settings in its ``extra_args``."""
+from agentrl.sampler.vllm_engine import KEY
 
 
 class _Weights:

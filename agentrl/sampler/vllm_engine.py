@@ -1,0 +1,95 @@
+"""vLLM's engine as agentrl needs it: its arguments, its environment, its start."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from agentrl.errors import SamplerError
+from agentrl.sampler.board import Board
+
+KEY = "agentrl"
+"""Of the board in vLLM's ``additional_config``, and of a request's settings in its ``extra_args``."""
+
+_CPU_CACHE = 4 << 30
+"""Most bytes of keys and values on the CPU."""
+
+
+def engine_arguments(
+    folder: str | os.PathLike[str], board: Board, max_slots: int, max_length: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What vLLM has to be started with for ``VLLMSampler``, in-process and as a server alike; ``options`` win.
+
+    ``docs/vllm.md`` says what each is for.
+    """
+    arguments: dict[str, Any] = {
+        "model": str(folder),
+        "max_model_len": max_length,
+        "max_num_seqs": max_slots,
+        "enable_prefix_caching": True,
+        "async_scheduling": False,  # a token has to be in the board before the engine speaks of it
+        "logits_processors": ["agentrl.sampler.vllm_worker:Drawing"],
+        "worker_extension_cls": "agentrl.sampler.vllm_worker.Extension",
+        "additional_config": {KEY: board.arguments},
+        "generation_config": "vllm",  # the folder's own may set a temperature
+    }
+    if not torch.cuda.is_available():
+        arguments |= {"dtype": "float32", "enforce_eager": True, "block_size": 32}
+        arguments["kv_cache_memory_bytes"] = _cpu_cache(folder, max_slots, max_length)
+    return arguments | dict(options)
+
+
+def _cpu_cache(folder: str | os.PathLike[str], max_slots: int, max_length: int) -> int:
+    """Bytes of keys and values, fp32, of all slots at full length, within bounds: vLLM's own default is gigabytes."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    wanted = 2 * 4 * config.num_hidden_layers * heads * size * max_slots * (max_length + 32)
+    return int(max(64 << 20, min(wanted, _CPU_CACHE)))
+
+
+async def start_engine(arguments: Mapping[str, Any]) -> tuple[Any, int]:
+    """The engine, and the rows of its model's embedding."""
+    try:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are about choices made here
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+    except ImportError as error:
+        raise SamplerError(f"sampler.backend is vllm, which cannot be imported: {error}. See docs/vllm.md.") from error
+    try:
+        settings = AsyncEngineArgs(**arguments)
+    except TypeError as error:
+        raise SamplerError(f"sampler.options: vLLM does not take them: {error}") from error
+    with engine_environment():
+        try:
+            engine = await asyncio.to_thread(AsyncLLM.from_engine_args, settings)
+        except Exception as error:
+            raise SamplerError(f"vLLM did not start: {type(error).__name__}: {error}") from error
+    return engine, int(engine.model_config.get_vocab_size())
+
+
+@contextmanager
+def engine_environment() -> Iterator[None]:
+    """What the engine's process has to find in its environment; ours is put back."""
+    wanted = {
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # whose logits processors are of another kind
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads
+    }
+    if not torch.cuda.is_available():
+        wanted["OMP_NUM_THREADS"] = "1"  # its own threads and OpenMP's fight for the cores: 8 tokens/s
+        wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and worker share a process, as on one GPU
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update({name: os.environ.get(name, value) for name, value in wanted.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
