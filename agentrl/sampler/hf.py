@@ -149,9 +149,12 @@ class HFSampler:
         await done
 
     async def close(self) -> None:
-        """Stop the engine thread. Safe to call twice."""
+        """Stop the engine thread and give its keys and values back. Safe to call twice."""
         self._post(self._stop)
         await asyncio.to_thread(self._thread.join)
+        # Finished trees are reference cycles that hold their sampler until Python collects them, maybe a run later.
+        self._cache.keys.clear()
+        self._cache.values.clear()
 
     def _request(self, token_ids: Sequence[int], params: SamplingParams) -> _Request:
         check_request(

@@ -128,9 +128,8 @@ class VLLMSampler:
         own = Path(tempfile.mkdtemp(prefix="agentrl-vllm-", dir="/dev/shm"))
         try:
             board = Board.create(own / "board", max_slots, max_length)
-            engine, vocabulary = await start_engine(
-                engine_arguments(folder, board, max_slots, max_length, options or {})
-            )
+            arguments = engine_arguments(folder, board, max_slots, max_length, transport, options or {})
+            engine, vocabulary = await start_engine(arguments, transport)
             await engine.collective_rpc("agentrl_version", args=(version,))
         except BaseException:
             shutil.rmtree(own, ignore_errors=True)
@@ -325,8 +324,9 @@ class VLLMSampler:
             _wake(self._waiting.popleft())
         if self._folder is not None:
             folder, self._folder = self._folder, None
-            if self.engine.output_handler is not None:
-                self.engine.output_handler.cancel()  # or it reports that its engine is gone
+            if (handler := self.engine.output_handler) is not None:
+                handler.cancel()  # or it reports that its engine is gone
+                await asyncio.wait([handler])
             await asyncio.to_thread(self.engine.shutdown)
             shutil.rmtree(folder, ignore_errors=True)
             self.engine = None
