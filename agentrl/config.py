@@ -79,7 +79,7 @@ CorrectionKind = Literal[
     "seq_max_k3",
 ]
 Correction = Literal["none"] | CorrectionKind
-OWN_CORRECTION = ("dppo", "rollout_is")
+OWN_CORRECTION = ("dppo", "ipo", "rollout_is")
 """Surrogates whose ratio is to the sampler, so that a correction beside them would count its age twice."""
 
 
@@ -162,9 +162,7 @@ class SamplerConfig(Section):
     backend: Literal["hf", "vllm", "vllm_server"] = Field("hf", description="the engine; docs/vllm.md")
     options: dict[str, Any] = Field(default_factory=dict, description="vllm: further arguments of its engine")
     urls: tuple[str, ...] = Field((), description="vllm_server: addresses that agentrl serve printed")
-    transport: Literal["auto", "file", "ipc", "nccl", "adapter"] = Field(
-        "auto", description="how new weights reach vLLM; auto: ipc in one process on a GPU, else file"
-    )
+    transport: Literal["file", "ipc", "nccl", "adapter"] = Field("file", description="how new weights reach vLLM")
     weights_dir: str = Field("/dev/shm", description="folder for file and adapter; shared with servers elsewhere")
     temperature: float = Field(1.0, ge=0, description="softmax temperature")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass")
@@ -304,9 +302,35 @@ def load_config(file: str | Mapping[str, Any] | None = None, overrides: Mapping[
             f"algorithm.overlong_buffer is {config.algorithm.overlong_buffer}: expected at most rollout.max_tokens, "
             f"which is {config.rollout.max_tokens}."
         )
+    _check_sampler(config)
     if config.train.staleness:
         _check_staleness(config)
     return config
+
+
+def _check_sampler(config: RunConfig) -> None:
+    """Refuse keys of one engine that were set for another."""
+    sampler, backend = config.sampler, config.sampler.backend
+    if backend == "vllm_server" and not sampler.urls:
+        raise ConfigError("sampler.backend is vllm_server, so sampler.urls is needed: what agentrl serve printed.")
+    if backend != "vllm_server" and sampler.urls:
+        raise ConfigError(f"sampler.urls is set, but sampler.backend is {backend}: expected vllm_server, or no urls.")
+    if backend != "vllm" and sampler.options:
+        where = "; a server takes them as flags: agentrl serve --vllm.NAME VALUE" if backend == "vllm_server" else ""
+        raise ConfigError(f"sampler.options are arguments of vllm's engine, but sampler.backend is {backend}{where}.")
+    if backend == "hf" and sampler.transport != "file":
+        raise ConfigError(f"sampler.transport is {sampler.transport}, but sampler.backend is hf, which needs none.")
+    if sampler.transport == "adapter" and not config.policy.lora_rank:
+        raise ConfigError("sampler.transport is adapter, but policy.lora_rank is 0: there are no adapters to send.")
+    if sampler.transport == "ipc" and backend != "vllm":
+        raise ConfigError(
+            "sampler.transport is ipc, for an engine on the learner's GPU: expected backend vllm."
+        )
+    if config.train.staleness and sampler.options.get("enable_sleep_mode"):
+        raise ConfigError(
+            "sampler.options.enable_sleep_mode gives the GPU to the learner during the update, but train.staleness is "
+            "1: the next batch is played then. Set one of them to 0 or false."
+        )
 
 
 def _check_staleness(config: RunConfig) -> None:

@@ -166,7 +166,14 @@ class NonFiniteError(TrainingError):
 
 
 class PolicyMismatch(TrainingError):
-    """Sampler and learner disagree about the log-probs of the same tokens."""
+    """Sampler and learner disagree about the log-probs of the same tokens.
+
+    Attributes:
+        group: what the probe of a hand-over found to be wrong: a group of parameters, as ``layers.1.mlp``, or one of
+            ``agentrl.handover.CAUSES``; empty where nobody looked for it.
+    """
+
+    group: str = ""
 
 
 class TrainingCollapsed(TrainingError):

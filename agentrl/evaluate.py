@@ -59,7 +59,7 @@ async def actors_for(policy: str, config: RunConfig) -> AsyncIterator[Scheduler]
         from agentrl.learner.checkpoint import load_policy
 
         model, tokenizer = load_policy(policy, config.policy.device)
-        async with local_actors(config, model, tokenizer) as actors:
+        async with local_actors(config, model, tokenizer, policy) as actors:
             yield actors.scheduler
 
 

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from agentrl.assemble import env_factory, local_actors, sampling_params
+from agentrl.assemble import env_factory, local_actors, make_renderer, sampling_params
 from agentrl.config import RunConfig
 from agentrl.env import ToolEnv
 from agentrl.errors import UserError
 from agentrl.recorded import Found, any_policy, changed_versions, find_weights
-from agentrl.renderer import Renderer
 from agentrl.rollout.answers import Answers
 from agentrl.rollout.follow import Follow
 from agentrl.rollout.policies import POLICIES
@@ -142,7 +141,7 @@ async def _sampling(config: RunConfig, weights: Path, version: int) -> AsyncIter
     from agentrl.learner.checkpoint import load_policy
 
     model, tokenizer = load_policy(weights, config.policy.device, config.policy.dtype)
-    async with local_actors(config, model, tokenizer, version) as actors:
+    async with local_actors(config, model, tokenizer, weights, version) as actors:
         yield actors.scheduler, _decoder(tokenizer), actors.sampler.deterministic
 
 
@@ -156,7 +155,7 @@ async def _recording(
     from agentrl.learner.checkpoint import load_tokenizer
 
     tokenizer = load_tokenizer(policy)
-    renderer, params = Renderer(tokenizer, config.policy.tool_format), sampling_params(config)
+    renderer, params = make_renderer(config, tokenizer), sampling_params(config)
     positions = getattr(AutoConfig.from_pretrained(policy), "max_position_embeddings", None)
     limit = config.sampler.max_length
     sampler = RecordedSampler(written, min(limit, positions or limit))

@@ -13,7 +13,7 @@ from typing import Any
 
 from agentrl import registry
 from agentrl._durable import disk_full_explained
-from agentrl.assemble import env_factory, use_threads
+from agentrl.assemble import env_factory, make_renderer, use_threads
 from agentrl.collapse import Watch
 from agentrl.compare import compare, load_plan
 from agentrl.compare_report import remarks, tables, write_comparison
@@ -25,7 +25,6 @@ from agentrl.evaluate import Evaluation, compare_evaluations, evaluate, on_leaf,
 from agentrl.learner import distributed
 from agentrl.progress import StepTable, console, progress_bar
 from agentrl.recorded import find, listing
-from agentrl.renderer import Renderer
 from agentrl.replay import replay
 from agentrl.rollout.scheduler import check_env_forks, read_limits
 from agentrl.sandbox.shared import close_shared_sandboxes
@@ -89,7 +88,7 @@ async def _demonstrations(config: RunConfig, tokenizer: Any) -> tuple[list[Token
         await close_shared_sandboxes()
     if tokenizer is None:
         tokenizer = build_tokenizer(render_texts((d.messages, d.tools) for d in expert))
-    renderer = Renderer(tokenizer, config.policy.tool_format)
+    renderer = make_renderer(config, tokenizer)
     return [encode(renderer, d) for d in expert], [encode(renderer, d) for d in guesses], tokenizer
 
 
@@ -163,7 +162,7 @@ def _check_inputs(config: RunConfig) -> TaskStream:
         raise ConfigError("no policy: expected a Hugging Face folder, --policy DIR; `agentrl sft` makes a tiny one.")
     read_limits(config.rollout)
     tasks = TaskStream(env_factory(config)().tasks("train"), config.seed)
-    Renderer(load_tokenizer(config.policy.path), config.policy.tool_format)
+    make_renderer(config, load_tokenizer(config.policy.path))
     return tasks
 
 

@@ -1,22 +1,30 @@
-"""The training loop: play, learn, hand the weights over, write it all down."""
+"""The training loop: play, learn, hand the weights over, write it all down.
+
+With ``train.staleness = 1`` the next batch is played while the learner works on this one, by the weights from before
+its update; then both are waited for, and only then are the new weights handed over. Weights that arrive in the middle
+of a batch would keep the sampler busier, but which token is whose would then hang on the clock. So every batch is of
+one version, at most one update old; the same run comes out every time, and a replay stays exact. Nothing is played
+ahead of a checkpoint, which then holds all that there is: a resumed run is the uninterrupted one.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from agentrl._together import Timed, in_thread, timed, together
 from agentrl.assemble import env_factory, local_actors
 from agentrl.config import RunConfig
 from agentrl.errors import TrainingError
+from agentrl.handover import Handover
 from agentrl.learner import distributed
 from agentrl.learner.checkpoint import load_policy
 from agentrl.learner.leader import Leader, follow
 from agentrl.learner.step import Learner
-from agentrl.rollout.batch import collect, rollout_metrics
+from agentrl.rollout.batch import Batch, collect, rollout_metrics, staleness
 from agentrl.tasks import TaskStream
 from agentrl.trace import RunFolder
 
@@ -41,28 +49,49 @@ async def train(config: RunConfig, folder: RunFolder, *, on_step: OnStep | None 
     start = folder.start.path if folder.start else None
     distributed.broadcast((config, start))
     model, tokenizer = load_start(config, start)
-    async with local_actors(config, model, tokenizer) as actors:
+    async with local_actors(config, model, tokenizer, config.policy.path) as actors:
         with Leader(make_learner(config, model, start)) as learner:
-            state = {"step": 0, "cursor": 0, "version": 0}
-            if start is not None:
-                state = learner.load(start)
-                await actors.sampler.update_weights(learner.weights(), state["version"])
+            state = learner.load(start) if start else {"step": 0, "cursor": 0, "version": 0}
+            handover = Handover(actors.sampler, learner, config)
+            with saving_samples(folder, state["step"]):
+                await (handover(state["version"]) if start or handover.adapters else handover.probe())
             stream = TaskStream(env_factory(config)().tasks("train"), config.seed, state["cursor"])
-            for step in range(state["step"] + 1, config.train.steps + 1):
-                began = time.perf_counter()
+
+            async def play(step: int) -> Batch:
                 with saving_samples(folder, step):
-                    batch = await collect(actors.scheduler, stream, config, step)
-                played = time.perf_counter()
-                metrics = rollout_metrics(batch)
+                    return await collect(actors.scheduler, stream, config, step)
+
+            async def learn(step: int, batch: Batch, *, stale: bool) -> Metrics:
+                if not batch.informative:
+                    return {}
+                with saving_samples(folder, step):
+                    async with actors.resting():
+                        return {**await in_thread(learner.run, Learner.step, batch.informative, stale=stale)}
+
+            ahead: Timed | None = None
+            for step in range(state["step"] + 1, config.train.steps + 1):
+                played = ahead or await timed(play(step))
+                batch: Batch = played.result
+                metrics = rollout_metrics(batch) | staleness(batch, handover.versions)
+                learning = timed(learn(step, batch, stale=bool(metrics["staleness/max"])))
+                saving = step % config.train.checkpoint_every == 0 or step == config.train.steps
+                if config.train.staleness and not saving:
+                    learnt, ahead = await together(learning, timed(play(step + 1)))
+                else:
+                    learnt, ahead = await learning, None
+                metrics |= learnt.result
+                began = time.perf_counter()
                 if batch.informative:
                     with saving_samples(folder, step):
-                        metrics |= await asyncio.to_thread(learner.step, batch.informative)
-                    await actors.sampler.update_weights(learner.weights(), step)
-                metrics |= {"time/rollout": played - began, "time/update": time.perf_counter() - played}
+                        metrics |= await handover(step)
+                metrics["time/rollout"] = played.seconds
+                metrics["time/update"] = learnt.seconds + time.perf_counter() - began
+                metrics["time/overlap"] = learnt.overlap(ahead) if ahead else 0.0
                 folder.write_rollouts(step, batch.played)
                 folder.log_metrics(step, metrics)
-                if step % config.train.checkpoint_every == 0 or step == config.train.steps:
-                    state = {"step": step, "cursor": stream.cursor, "version": actors.sampler.version}
+                if saving:
+                    await handover.settle()
+                    state = {"step": step, "cursor": stream.cursor, "version": handover.versions[-1]}
                     with folder.checkpoint(step) as target:
                         learner.save(target, tokenizer, state)
                 if on_step is not None:
@@ -80,8 +109,12 @@ def follow_training() -> None:
 
 def load_start(config: RunConfig, checkpoint: Path | None) -> tuple[Any, Any]:
     """The model and tokenizer to go on from; adapters go into the policy that they began with."""
-    path = config.policy.path if checkpoint is None or config.policy.lora_rank else checkpoint
-    return load_policy(path, config.policy.device, config.policy.dtype)
+    return load_policy(start_folder(config, checkpoint), config.policy.device, config.policy.dtype)
+
+
+def start_folder(config: RunConfig, checkpoint: Path | None) -> Path:
+    """Where those are; not the checkpoint of a run that trains adapters, in whose policy they are merged."""
+    return Path(config.policy.path) if checkpoint is None or config.policy.lora_rank else checkpoint
 
 
 def make_learner(config: RunConfig, model: Any, checkpoint: Path | None) -> Learner:

@@ -201,7 +201,7 @@ def play_crowd(folder: str) -> dict[str, float]:
     tasks = list(registry.load("envs", "arithmetic")().tasks("train"))[: EPISODES // 8]
 
     async def played() -> dict[str, float]:
-        async with local_actors(config, model, tokenizer) as actors:
+        async with local_actors(config, model, tokenizer, folder) as actors:
             start, began = status("VmHWM"), time.perf_counter()
             trees = await actors.scheduler.play(tasks, group=8, seed=0)
             seconds = time.perf_counter() - began

@@ -151,7 +151,6 @@ def test_unknown_algorithms_are_refused(name):
         ("algorithm.aggregation", "mean", "algorithm.aggregation"),
         ("algorithm.dual_clip", 1.0, "algorithm.dual_clip"),
         ("algorithm.overlong_buffer", 257, "overlong_buffer is 257: expected at most rollout.max_tokens, which is 256"),
-        ("policy.tool_format", "xml", "policy.tool_format"),
         ("env_options", "abc", "env_options"),
         ("env", 5, "env: .* got 5"),
     ],
@@ -159,6 +158,34 @@ def test_unknown_algorithms_are_refused(name):
 def test_wrong_values_are_refused_with_key_and_value(key, value, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, {key: value})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"backend": "vllm_server"}, r"sampler\.urls is needed"),
+        ({"backend": "vllm", "urls": ["http://x"]}, "expected vllm_server, or no urls"),
+        ({"urls": ["http://x"]}, "sampler.backend is hf"),
+        ({"options": {"dtype": "half"}}, "sampler.backend is hf"),
+        ({"backend": "vllm_server", "urls": ["http://x"], "options": {"dtype": "half"}}, "agentrl serve --vllm"),
+        ({"transport": "ipc"}, "which needs none"),
+        ({"backend": "vllm_server", "urls": ["http://x"], "transport": "ipc"}, "expected backend vllm"),
+        ({"backend": "vllm", "transport": "adapter"}, "policy.lora_rank is 0"),
+        ({"backend": "vllm", "transport": "shm"}, r"sampler\.transport"),
+        ({"backend": "sglang"}, r"sampler\.backend"),
+    ],
+)
+def test_keys_of_another_engine_are_refused(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, {f"sampler.{name}": value for name, value in keys.items()})
+
+
+def test_an_engine_that_sleeps_cannot_play_ahead():
+    ahead = {"train.staleness": 1, "algorithm.correction": "token_tis", "algorithm.old_logprobs": "learner"}
+    sleepy = {"sampler.backend": "vllm", "sampler.options": {"enable_sleep_mode": True}}
+    with pytest.raises(ConfigError, match="enable_sleep_mode"):
+        load_config(None, ahead | sleepy)
+    load_config(None, sleepy)
 
 
 def test_all_wrong_values_are_told_at_once():

@@ -17,9 +17,8 @@ MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path i
 CONTENT = sorted(p for kind in ("envs", "tools") for p in (CHECKOUT / kind).rglob("*.py") if p.name != "make_corpus.py")
 
 HEAVY = {"torch", "vllm"}
-MAY_IMPORT_HEAVY = {
-    f"sampler/{name}" for name in ("hf", "slots", "draw", "proof", "vllm", "vllm_worker", "weights")
-} | {"warmstart"}
+ENGINES = ("hf", "slots", "draw", "proof", "weights", "transport", "vllm", "vllm_engine", "vllm_worker", "vllm_server")
+MAY_IMPORT_HEAVY = {f"sampler/{name}" for name in ENGINES} | {"warmstart"}
 
 BASE = {"types", "errors"}
 FOUNDATION = {
@@ -61,7 +60,7 @@ LAYERS = [
     {"assemble", "handover", "trace", "warmstart", "plot", "pytest_plugin"},
     {"train", "evaluate", "recorded", "replay", "__init__"},
     {"compare", "compare_report"},
-    {"run", "demo", "doctor"},
+    {"run", "demo", "doctor", "serve"},
     {"cli"},
     {"__main__"},
 ]

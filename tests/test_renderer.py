@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentrl._stand_in import stand_in_tokenizer
+from agentrl.assemble import make_renderer
+from agentrl.config import load_config
 from agentrl.errors import TemplateError, UnknownName
 from agentrl.renderer import Renderer
 from agentrl.types import Message, ToolCall
@@ -159,6 +161,13 @@ DROPS_CALLS = "{% for call in (message.tool_calls if loop.last else []) %}"
         ((ASSISTANT, STRIPS_THINK), "rewrites earlier turns when a tool message is added: '<think>.* became"),
         ((CALLS, DROPS_CALLS), "rewrites earlier turns when a tool message is added: .*tool_call"),
         (("</tool_call>{% endfor %}<|im_end|>", "</tool_call>{% endfor %}"), "does not end an assistant turn"),
+        (
+            (
+                "</tool_call>{% endfor %}<|im_end|>",
+                "</tool_call>{% endfor %}{{ '' if message.tool_calls else eos_token }}",
+            ),
+            "does not end an assistant turn",
+        ),
         (("{{ message.content }}\n</tool_response>", "</tool_response>"), "does not show tool messages"),
         (
             ("{%- if message.role == 'tool' -%}", "{%- if message.role == 'tool' -%}{{ raise_exception('no tools') }}"),
@@ -201,3 +210,16 @@ def test_what_a_tokenizer_must_have(tokenizer):
         Renderer(endless)
     with pytest.raises(UnknownName, match="did you mean 'hermes'"):
         Renderer(tokenizer, "herms")
+
+
+def test_a_run_has_the_renderer_of_its_configuration(with_template):
+    short = with_template(("{%- if tools or ", "{%- if brief is defined -%}Brief. {% endif -%}{%- if tools or "))
+    renderer = make_renderer(load_config(None, {"policy.tool_format": "glm47"}), short)
+    assert type(renderer.format).__name__ == "Glm"
+    assert not short.decode(renderer.prompt([USER])).startswith("Brief.")
+    renderer = make_renderer(load_config(None, {"policy.template_options": {"brief": True}}), short)
+    assert short.decode(renderer.prompt([USER])).startswith("Brief. <|im_start|>")
+    with pytest.raises(TemplateError, match=r"policy\.template_options has 'long', .* expected brief"):
+        make_renderer(load_config(None, {"policy.template_options": {"long": True}}), short)
+    with pytest.raises(UnknownName, match="did you mean 'hermes'"):
+        make_renderer(load_config(None, {"policy.tool_format": "herms"}), short)

@@ -1,16 +1,18 @@
 """Tool calls as text: whatever a policy writes becomes a call, an error that the policy can read, or plain text."""
 
+# ruff: noqa: RUF001 -- the bars of DeepSeek's marks are full-width
+
 from __future__ import annotations
 
 import json
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentrl.errors import ToolSchemaError, UserError
-from agentrl.tool_format import MAX_DEPTH, get_format
+from agentrl.errors import ToolSchemaError, UnknownName, UserError
+from agentrl.tool_format import FORMATS, MAX_DEPTH, get_format
 from agentrl.types import Message, ToolCall
 
 HERMES, TAGS = get_format("hermes"), get_format("tags")
@@ -196,3 +198,293 @@ def test_tags_need_one_text_parameter():
     opening, shown = TAGS.opening([Message("user", "q")], [schema("find", "what", limit={"type": "integer"})])
     assert "<find>what</find>" in opening[0].content
     assert shown == ()
+
+
+# -- every format of a model family -----------------------------------------------------------------------------------
+
+KINDS = {"text": "string", "count": "integer", "ratio": "number", "flag": "boolean", "items": "array", "more": "object"}
+TYPED = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "",
+            "parameters": {
+                "type": "object",
+                "properties": {key: {"type": kind} for key, kind in KINDS.items()} | {"maybe": MAYBE},
+            },
+        },
+    }
+    for name in ("look_up", "g")
+    for MAYBE in [{"anyOf": [{"type": "integer"}, {"type": "null"}]}]
+]
+VALUES = {
+    "text": st.text(),
+    "count": st.integers(),
+    "ratio": st.floats(allow_nan=False, allow_infinity=False),
+    "flag": st.booleans(),
+    "items": st.lists(JSON, max_size=3),
+    "more": st.dictionaries(st.text(), JSON, max_size=3),
+    "maybe": st.none() | st.integers(),
+}
+TYPED_CALLS = st.lists(
+    st.builds(
+        lambda name, arguments: ToolCall("", name, arguments),
+        st.sampled_from(["look_up", "g"]),
+        st.fixed_dictionaries({}, optional=VALUES),
+    ),
+    max_size=3,
+)
+OF_FAMILIES = [get_format(name) for name in ("hermes", "qwen3_coder", "llama3_json", "glm45", "pythonic")]
+OF_FAMILIES += [get_format(name) for name in ("deepseek_v3", "deepseek_v31")]
+OF_FAMILIES += [get_format("mistral", template) for template in ("", "[ARGS]", "[CALL_ID][ARGS]")]
+OF_FAMILIES += [get_format("granite", template) for template in ("", "<tool_call>", "<|tool_call|>")]
+ALL_MARKS = (
+    *("<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>", "<|tool_call|>"),
+    *(
+        "<arg_key>",
+        "</arg_key>",
+        "<arg_value>",
+        "</arg_value>",
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "[CALL_ID]",
+        "<|python_tag|>",
+    ),
+    *(
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁sep｜>",
+        "<｜tool▁call▁end｜>",
+    ),
+    *(
+        "```json\n",
+        "\n```",
+        "function",
+        "f",
+        "x=1",
+        "[f(",
+        ")",
+        "]",
+        "[",
+        '{"name": "f"',
+        '"parameters": {}',
+        "}",
+        "; ",
+    ),
+    *('"arguments": ', "{", '{"x": "\\ud800"}', "[" * 200, "1e999", "9" * 5000, "f(" * 200, "\x00", "\n", "\\d"),
+)
+
+
+@pytest.mark.parametrize("form", OF_FAMILIES, ids=lambda form: type(form).__name__)
+@settings(max_examples=30)
+@given(st.text(), TYPED_CALLS)
+def test_every_format_reads_what_it_writes(form, content, calls):
+    content = content.strip()
+    values = json.dumps([dict(call.arguments) for call in calls], ensure_ascii=False)
+    if form.parse(content, TYPED) != (content, []) or any(mark in values for mark in ALL_MARKS if "<" in mark):
+        return  # no format has a way to quote its own marks
+    text = form.write(Message("assistant", content, tuple(calls)), "<end>")
+    assert text.endswith("<end>")
+    read, again = form.parse(text.removesuffix("<end>"), TYPED)
+    assert (read, again) == (content, calls)
+    assert [json.dumps(dict(c.arguments)) for c in again] == [json.dumps(dict(c.arguments)) for c in calls], "types too"
+
+
+@pytest.mark.parametrize("form", OF_FAMILIES, ids=lambda form: type(form).__name__)
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from(ALL_MARKS) | st.text(max_size=8), max_size=14).map("".join))
+def test_no_format_ever_raises_and_its_calls_can_be_saved(form, text):
+    content, calls = form.parse(text, TYPED)
+    assert content == content.strip()
+    for call in calls:
+        assert call.error is None or (call.error.endswith(".") and "Expected " in call.error)
+        json.dumps(dict(call.arguments), allow_nan=False, ensure_ascii=False).encode()
+
+
+def only(name, text, template=""):
+    content, (call,) = get_format(name, template).parse(text, TYPED)
+    return content, call
+
+
+DEEP = "[" * 70 + "]" * 70
+SECTION = "<｜tool▁calls▁begin｜>{}<｜tool▁calls▁end｜>".format
+V31 = "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜>".format
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("qwen3_coder", "<tool_call><function=g></function>", "no closing </tool_call>"),
+        ("qwen3_coder", "<tool_call><function=g></tool_call>", "not one closed <function=NAME>"),
+        ("qwen3_coder", '<tool_call>{"name": "g", "arguments": {}}</tool_call>', "not one closed <function=NAME>"),
+        ("qwen3_coder", block("<function=g><parameter=x>1</function>"), "no closed <parameter=KEY>: '<parameter=x>1'"),
+        ("qwen3_coder", block("<function=g>so: <parameter=x>1</parameter></function>"), "no closed <parameter=KEY>"),
+        ("qwen3_coder", block("<function=g></function><function=g></function>"), "no closed <parameter=KEY>"),
+        ("qwen3_coder", block("<function=g>" + "<parameter=x>1</parameter>" * 2 + "</function>"), "'x' is given twice"),
+        ("qwen3_coder", "<function=g>\n</function>\n</tool_call>", "no opening <tool_call>"),
+        ("glm45", "<tool_call>g", "no closing </tool_call>"),
+        ("glm45", block(""), "has no name"),
+        ("glm45", block('{"name": "g"}'), "has no name"),
+        ("glm45", block("g<arg_key>x</arg_key>"), "no pair of key and value: '<arg_key>x</arg_key>'"),
+        ("glm45", block("g twice"), "no pair of key and value: 'twice'"),
+        ("glm45", block("g" + "<arg_key>x</arg_key><arg_value>1</arg_value>" * 2), "'x' is given twice"),
+        ("llama3_json", '{"name": "g", "parameters": {"x": 1}', "not valid JSON"),
+        ("llama3_json", '{"name": 3, "parameters": {}}', "has no name"),
+        ("llama3_json", '{"name": "g", "parameters": [1]}', "are a JSON list, not an object"),
+        ("llama3_json", "<|python_tag|>print(1)", "not valid JSON"),
+        ("llama3_json", "<|python_tag|>[1]", "has no name"),
+        ("llama3_json", f'{{"name": "g", "parameters": {{"x": {DEEP}}}}}', "levels deep"),
+        ("mistral", "[TOOL_CALLS]", "not valid JSON"),
+        ("mistral", "[TOOL_CALLS][]", "No call"),
+        ("mistral", '[TOOL_CALLS] [{"arguments": {}}]', "has no name"),
+        ("mistral", "[TOOL_CALLS]g[ARGS]{", "not valid JSON"),
+        ("mistral", "[TOOL_CALLS]g[ARGS][1]", "not valid JSON"),
+        ("mistral", '[TOOL_CALLS] [{"name": "g", "arguments": "x"}]', "are a JSON str, not an object"),
+        ("deepseek_v31", SECTION(""), "no closed call"),
+        ("deepseek_v31", SECTION("<｜tool▁call▁begin｜>g"), "no closed call: '<｜tool▁call▁begin｜>g'"),
+        ("deepseek_v31", SECTION(V31("[1]")), "are a JSON list, not an object"),
+        ("deepseek_v31", SECTION(V31("{")), "not valid JSON"),
+        ("deepseek_v31", SECTION(V31("{}").replace(">g<", "><")), "has no name"),
+        ("deepseek_v3", SECTION(V31("{}")), "no closed call"),
+        ("granite", '<|tool_call|>{"name": "g"}', "are a JSON dict, not a list"),
+        ("granite", "<tool_call>[]", "are a JSON list, not a list"),
+        ("granite", "<|tool_call|>[1]", "has no name"),
+        ("granite", '<|tool_call|>[{"name": "g"', "not valid JSON"),
+        ("pythonic", "[g(x=1)", "not valid Python"),
+        ("pythonic", "[g(x=1)] done", "not valid Python"),
+        ("pythonic", "[g(x=1)] + [g()]", "not one list"),
+        ("pythonic", "[g(x=open('f'))]", "no plain value"),
+        ("pythonic", "[g(x=1 if 2 else 3)]", "no plain value"),
+        ("pythonic", "[g(x=b'a')]", "no plain value"),
+        ("pythonic", "[g(x=1e999)]", "no plain value"),
+        ("pythonic", "[g(x=1, **{'y': 2})]", "no names"),
+        ("pythonic", "[g(x=1, x=2)]", "is given twice"),
+    ],
+)
+def test_every_format_says_what_is_wrong_and_what_was_expected(name, text, reason):
+    content, call = only(name, f"hm\n{text}")
+    assert content == "hm"
+    assert reason in call.error
+    assert "Expected " in call.error
+
+
+@pytest.mark.parametrize("name", ["deepseek_v31", "deepseek_v3"])
+def test_good_calls_are_kept_beside_what_is_broken(name):
+    form = get_format(name)
+    good = form.write(Message("assistant", "", (ToolCall("", "g", {"x": 1}),) * 2), "")
+    _, calls = form.parse(good.removesuffix("<｜tool▁calls▁end｜>"), TYPED)
+    assert [call.error is None for call in calls] == [True, True, False]
+    assert "no closing <｜tool▁calls▁end｜>" in calls[-1].error
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("llama3_json", 'The answer is {"x": 1}.'),
+        ("llama3_json", '{"name": "Ada", "born": 1815}'),
+        ("mistral", '[{"name": "g", "arguments": {}}]'),
+        ("pythonic", "[1, 2]"),
+        ("pythonic", "[see](here)"),
+        ("pythonic", "It is [f(x)] = 3."),
+        ("qwen3_coder", "a <parameter=x> alone"),
+    ],
+)
+def test_answers_that_look_a_little_like_calls_stay_answers(name, text):
+    assert get_format(name).parse(text, TYPED) == (text, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "arguments"),
+    [
+        ("qwen3_coder", "<function=g><parameter=count>5</parameter></function>", {"count": 5}),
+        ("qwen3_coder", "<function=g><parameter=text>5</parameter></function>", {"text": "5"}),
+        ("qwen3_coder", "<function=g><parameter=flag>True</parameter></function>", {"flag": True}),
+        ("qwen3_coder", "<function=g><parameter=count>five</parameter></function>", {"count": "five"}),
+        ("qwen3_coder", "<function=g><parameter=maybe>null</parameter></function>", {"maybe": None}),
+        ("qwen3_coder", "<function=g><parameter=other>5</parameter></function>", {"other": "5"}),
+        ("qwen3_coder", "<function=other><parameter=count>5</parameter></function>", {"count": "5"}),
+        ("qwen3_coder", "<function=g>\n<parameter=text>\n\na\n\n</parameter>\n</function>", {"text": "\na\n"}),
+        ("glm45", "g<arg_key>ratio</arg_key><arg_value>5</arg_value>", {"ratio": 5}),
+        ("glm45", "g\n<arg_key>text</arg_key>\n<arg_value> a\n</arg_value>\n", {"text": " a\n"}),
+        ("glm45", "g<arg_key>items</arg_key><arg_value>[1, 2</arg_value>", {"items": "[1, 2"}),
+    ],
+)
+def test_bare_text_is_typed_by_the_schema(name, text, arguments):
+    assert only(name, block(text)) == ("", ToolCall("", "other" if "=other><p" in text else "g", arguments))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "text", "value"),
+    [
+        ({"type": ["integer", "string"]}, "5", 5),
+        ({"type": ["integer", "string"]}, "five", "five"),
+        ({"type": ["number", "string"]}, "5", 5),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "null", None),
+        ({"anyOf": [{"type": "string"}, {"type": "array"}]}, '{"a": 1}', '{"a": 1}'),
+        ({"enum": [1, 2]}, "2", 2),
+        ({"enum": ["1", "2"]}, "2", "2"),
+        ({"type": "integer"}, "5.5", 5.5),
+        ({}, "5", "5"),
+    ],
+)
+def test_schemas_of_several_types(kinds, text, value):
+    tool = {"function": {"name": "g", "parameters": {"properties": {"x": kinds}}}}
+    text = f"<tool_call>g<arg_key>x</arg_key><arg_value>{text}</arg_value></tool_call>"
+    assert get_format("glm45").parse(text, [tool]) == ("", [ToolCall("", "g", {"x": value})])
+
+
+def test_mistral_reads_all_its_forms():
+    call = ToolCall("", "g", {"x": "[TOOL_CALLS]"})
+    for text in (
+        '[TOOL_CALLS] [{"name": "g", "arguments": {"x": "[TOOL_CALLS]"}, "id": "abcdefghi"}]',
+        '[TOOL_CALLS]{"name": "g", "arguments": {"x": "[TOOL_CALLS]"}}',
+        '[TOOL_CALLS]g[ARGS]{"x": "[TOOL_CALLS]"}',
+        '[TOOL_CALLS]g[CALL_ID]abcdefghi[ARGS]{"x": "[TOOL_CALLS]"}',
+        '[TOOL_CALLS]g{"x": "[TOOL_CALLS]"}',
+    ):
+        assert get_format("mistral").parse(text, TYPED) == ("", [call])
+        assert get_format("mistral").parse(f"a {text} b", TYPED)[1] == [call]
+    broken = get_format("mistral").parse("[TOOL_CALLS]g[ARGS]{[TOOL_CALLS]g[ARGS]{}", TYPED)[1]
+    assert [call.error is None for call in broken] == [False, True]
+
+
+def test_mistral_writes_the_form_of_its_template():
+    message = Message("assistant", "", (ToolCall("call_0_0", "g", {}),))
+    written = [get_format("mistral", template).write(message, "") for template in ("", "[ARGS]", "[CALL_ID] [ARGS]")]
+    identity = get_format("mistral").call_id("call_0_0")
+    assert len(identity) == 9
+    assert identity.isalnum()
+    assert written == [
+        '[TOOL_CALLS] [{"name": "g", "arguments": {}}]',
+        "[TOOL_CALLS]g[ARGS]{}",
+        f"[TOOL_CALLS]g[CALL_ID]{identity}[ARGS]{{}}",
+    ]
+    assert get_format("mistral").call_id("call_1_10") != get_format("mistral").call_id("call_11_0")
+
+
+def test_granite_writes_the_mark_of_its_template():
+    message = Message("assistant", "", (ToolCall("", "g", {}),))
+    written = [get_format("granite", template).write(message, "") for template in ("", "<tool_call>", "<|tool_call|>")]
+    assert [text.partition("[")[0] for text in written] == ["<|tool_call|>", "<tool_call>", "<|tool_call|>"]
+
+
+def test_llama_takes_what_its_models_write():
+    form = get_format("llama3_json")
+    calls = [ToolCall("", "g", {"x": 1}), ToolCall("", "g", {})]
+    one, other = '{"name": "g", "parameters": {"x": 1}}', '{"type": "function", "name": "g", "arguments": {}}'
+    for text in (f"{one}; {other}", f"<|python_tag|>{one};{other}", f"{one}\n{other}"):
+        assert form.parse(text, TYPED) == ("", calls)
+    assert form.parse(f"Sure: {one} done", TYPED) == ("Sure:  done", calls[:1])
+
+
+def test_pythonic_values_are_those_of_json():
+    _, call = only("pythonic", "[a.b(x=true, y=null, z=(1, -2), w={'k': False}, v='\\d')]")
+    assert (call.name, call.arguments) == ("a.b", {"x": True, "y": None, "z": [1, -2], "w": {"k": False}, "v": "\\d"})
+
+
+def test_unknown_formats_are_refused_with_the_nearest():
+    with pytest.raises(UnknownName, match="did you mean 'qwen3_coder'"):
+        get_format("qwen_coder")
+    assert {type(get_format(name)) for name in ("qwen3_coder", "qwen3_xml")} == {FORMATS["qwen3_xml"]}

@@ -263,11 +263,11 @@ def test_a_value_that_is_not_finite_stops_the_run_and_saves_the_sample(config, t
     out = tmp_path / "run"
     step = Learner.step
 
-    def poisoned(self, trees):
+    def poisoned(self, trees, **options):
         if self.updates == 2:
             with torch.no_grad():
                 self.model.model.norm.weight[0] = torch.nan
-        return step(self, trees)
+        return step(self, trees, **options)
 
     monkeypatch.setattr(Learner, "step", poisoned)
     with pytest.raises(NonFiniteError):

@@ -32,6 +32,7 @@ from torch import Tensor
 from agentrl.errors import AgentRLError, TrainingError
 from agentrl.learner import distributed
 from agentrl.learner.checkpoint import load_state, save_checkpoint
+from agentrl.learner.lora import save_adapter
 from agentrl.learner.step import Learner, Metrics
 from agentrl.types import RolloutTree
 
@@ -67,6 +68,10 @@ class Leader:
     def weights(self) -> dict[str, Tensor]:
         """See ``Learner.weights``."""
         return self.run(Learner.weights)
+
+    def save_adapter(self, folder: Path) -> None:
+        """See ``lora.save_adapter``."""
+        self.run(_save_adapter, folder)
 
     def save(self, folder: Path, tokenizer: Any, state: dict[str, Any]) -> None:
         """See ``save_checkpoint``."""
@@ -168,6 +173,10 @@ def follow(learner: Learner) -> None:
 
 def _save(learner: Learner, folder: Path, tokenizer: Any, state: dict[str, Any]) -> None:
     save_checkpoint(folder, learner, tokenizer, state)
+
+
+def _save_adapter(learner: Learner, folder: Path) -> None:
+    save_adapter(learner.model, folder)
 
 
 def _load(learner: Learner, folder: Path) -> dict[str, Any]:

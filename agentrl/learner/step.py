@@ -89,7 +89,8 @@ class Learner:
             )
         self.config, self.estimator, self.objective = config, Estimator(config), Objective(config)
         check_packable(model)
-        self._vocabulary = len(model.get_input_embeddings().weight)
+        self.vocabulary = len(model.get_input_embeddings().weight)
+        """Tokens that the policy knows, from 0."""
         policy = config.policy
         self.reference, self.critic = None, None
         if self.objective.needs_reference and not policy.lora_rank:
@@ -105,6 +106,8 @@ class Learner:
         self.optimizer = Optimizer(groups, betas=(0.9, config.train.beta2), weight_decay=config.train.weight_decay)
         self.updates = 0
         """Optimizer steps taken."""
+        self.remembered: dict[str, Tensor] = {}
+        """This process's part of the trained weights as a sampler last had them, for certain; see ``suspects``."""
 
     @property
     def device(self) -> torch.device:
@@ -125,8 +128,14 @@ class Learner:
         self.updates = state["updates"]
         self.objective.load_state(state["objective"])
 
-    def step(self, trees: Sequence[RolloutTree]) -> Metrics:
+    def step(self, trees: Sequence[RolloutTree], *, stale: bool = False) -> Metrics:
         """Update on ``trees``, in ``train.minibatches`` optimizer steps.
+
+        Args:
+            trees: what was played.
+            stale: they were played by older weights than these. The gap is then measured but not held against
+                ``train.max_gap``, since most of it is the way that the policy has gone since; that the sampler had
+                the weights that it says is for the probe of every hand-over to show (``agentrl.handover``).
 
         Returns:
             Metrics by TRL's names; none, and no update, where no scored leaf has a token that the policy wrote.
@@ -144,7 +153,7 @@ class Learner:
         prepared, metrics = self.prepare(flat)
         history = []
         for number, rows in enumerate(_deal(flat.group, self.config.train.minibatches)):
-            history.append(self._update(prepared.take(rows), check_gap=number == 0))
+            history.append(self._update(prepared.take(rows), check_gap=number == 0 and not stale))
         combined = _combine(history) | metrics
         if self.objective.measures_after:
             combined["kl"] = self.objective.moved_kl(prepared.scores, self.score(self.model, flat)[0])
@@ -156,10 +165,10 @@ class Learner:
         sampled, real = flat.sampled_logprobs, flat.token >= 0
         if not bool(sampled.isfinite().all()):
             raise _not_finite("a sampled log-prob", float(sampled[~sampled.isfinite()][0]), flat)
-        wrong = flat.token_ids[real & ((flat.token_ids < 0) | (flat.token_ids >= self._vocabulary))]
+        wrong = flat.token_ids[real & ((flat.token_ids < 0) | (flat.token_ids >= self.vocabulary))]
         if len(wrong):
             raise TrainingError(
-                f"the rollouts have a token {int(wrong[0])}: expected 0 to {self._vocabulary - 1}, the rows of the "
+                f"the rollouts have a token {int(wrong[0])}: expected 0 to {self.vocabulary - 1}, the rows of the "
                 "policy's embedding; they were sampled from another policy, or with another tokenizer."
             )
         algorithm = self.config.algorithm
@@ -205,11 +214,20 @@ class Learner:
         return Prepared(flat, scores, values, estimate.returns), metrics
 
     @torch.no_grad()
-    def score(self, model: Any, flat: Experience, *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Log-probs [L, T] of all policy tokens under ``model``, and entropies if wanted; on the CPU."""
+    def score(
+        self, model: Any, flat: Experience, *, entropy: bool = False, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs [L, T] of all policy tokens under ``model``, and entropies if wanted; on the CPU.
+
+        Args:
+            model: the policy in training, or the reference.
+            flat: what to score.
+            entropy: whether entropies are wanted.
+            temperature: default: that of the sampler.
+        """
         found = torch.zeros(2, *flat.mask.shape)
         for rows, batch, real in self._micro_batches(flat, flat.mask):
-            logprobs, entropies = self._logprobs(model, batch, entropy=entropy)
+            logprobs, entropies = self._logprobs(model, batch, entropy=entropy, temperature=temperature)
             width = logprobs.shape[1]
             if not real:
                 continue
@@ -322,8 +340,11 @@ class Learner:
             width = part.mask.shape[1]
             yield rows, pack(part.token_ids, part.lengths, mask[rows, :width], self.device), mine is not None
 
-    def _logprobs(self, model: Any, batch: TrainBatch, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        return distributed.call(model, target_logprobs, batch, self.config.sampler.temperature, entropy=entropy)
+    def _logprobs(
+        self, model: Any, batch: TrainBatch, *, entropy: bool, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        tempered = self.config.sampler.temperature if temperature is None else temperature
+        return distributed.call(model, target_logprobs, batch, tempered, entropy=entropy)
 
     def _score_reference(self, flat: Experience) -> Tensor:
         """Under the starting policy: a copy, or the model without its adapters."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 
 from agentrl.config import RunConfig
+from agentrl.errors import PolicyMismatch
 from agentrl.rollout.scheduler import Scheduler
 from agentrl.seeds import derive_seed
 from agentrl.tasks import TaskStream
@@ -52,6 +54,35 @@ async def collect(scheduler: Scheduler, stream: TaskStream, config: RunConfig, s
         if len(batch.informative) >= wanted or batch.refills >= config.algorithm.max_refills or budget.exhausted:
             return batch
         batch.refills += 1
+
+
+def staleness(batch: Batch, versions: Sequence[int]) -> dict[str, float | None]:
+    """How many updates lie between the policy that wrote the tokens to learn from and the learner's.
+
+    Args:
+        batch: what was played.
+        versions: those that the sampler has had, oldest first; the last one is the learner's. They are numbers of
+            steps, and a step without an update leaves its number out, so places in this row are counted.
+
+    Returns:
+        ``staleness/mean`` and ``staleness/max`` over the policy tokens of the trees to learn from; None without any.
+
+    Raises:
+        PolicyMismatch: a token of a version that was never handed over.
+    """
+    behind = {version: number for number, version in enumerate(reversed(versions))}
+    ages: Counter[int] = Counter()
+    for tree in batch.informative:
+        for version in (version for node in tree.nodes for version in node.policy_version):
+            if version not in behind:
+                raise PolicyMismatch(
+                    f"the sampler wrote tokens of version {version} (task {tree.task.id!r}), expected one that it was "
+                    f"given, the last of which is {versions[-1]}: somebody else gives it weights."
+                )
+            ages[behind[version]] += 1
+    if not ages:
+        return {"staleness/mean": None, "staleness/max": None}
+    return {"staleness/mean": sum(k * n for k, n in ages.items()) / ages.total(), "staleness/max": float(max(ages))}
 
 
 def rollout_metrics(batch: Batch) -> dict[str, float | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from agentrl.types import Completion, SamplingParams, TokenEvent
@@ -35,8 +36,16 @@ class Sampler(Protocol):
         """The same, token by token."""
         ...
 
-    async def update_weights(self, source: Mapping[str, Any], version: int) -> None:
-        """Use the weights in ``source`` (parameter name -> tensor) from now on, under ``version``."""
+    async def update_weights(self, source: Mapping[str, Any] | Path, version: int) -> None:
+        """Use ``source`` from now on, under ``version``; nothing that older weights computed is used any more.
+
+        Args:
+            source: parameter name -> tensor, as ``Learner.weights`` gives it, or a checkpoint folder.
+            version: greater than those before.
+
+        Raises:
+            SamplerError: weights of another policy, or they did not get through.
+        """
         ...
 
     async def close(self) -> None:

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from agentrl.sampler.prefix import PrefixIndex
 from agentrl.sampler.proof import cannot_sample, check_lengths, plain_logits, prove
 from agentrl.sampler.request import check_request, ends_with_stop
 from agentrl.sampler.slots import ATTENTION, ROWS, Chunk, SlotCache
-from agentrl.sampler.weights import check_weights
+from agentrl.sampler.weights import check_weights, read_weights
 from agentrl.types import Completion, SamplingParams, StopReason, TokenEvent
 
 MAX_ROWS = 8192
@@ -123,7 +124,7 @@ class HFSampler:
             if not request.done.done():
                 self._post(lambda: self._drop(request))
 
-    async def update_weights(self, source: Mapping[str, Tensor], version: int) -> None:
+    async def update_weights(self, source: Mapping[str, Tensor] | Path, version: int) -> None:
         """Copy ``source`` over the model's parameters between two steps; cached keys and values are discarded.
 
         Requests in flight are computed again from their first token, so that no token rests on mixed weights.
@@ -131,12 +132,13 @@ class HFSampler:
         Raises:
             SamplerError: a parameter is missing, unknown or of another shape.
         """
+        weights = await asyncio.to_thread(read_weights, source) if isinstance(source, Path) else source
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
 
         def apply() -> None:
             try:
-                self._load(source, version)
+                self._load(weights, version)
             except SamplerError as error:
                 _tell(loop, _reject, done, error)
             except BaseException as error:  # half of the weights may be in: nothing can be sampled any more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from agentrl.errors import NotRecorded
@@ -58,7 +59,7 @@ class RecordedSampler:
         for place, row in enumerate(rows):
             yield TokenEvent(*row, done.stop_reason if place == last else None)
 
-    async def update_weights(self, source: Mapping[str, Any], version: int) -> None:
+    async def update_weights(self, source: Mapping[str, Any] | Path, version: int) -> None:
         """There are none."""
         raise NotImplementedError("a record has no weights to update")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ class Transport:
                 or a receiver that did not take them.
         """
         if isinstance(source, Path):
-            written, call = None, await asyncio.to_thread(self._folder_call, source, version)
+            written, call = await asyncio.to_thread(self._from_folder, source, version)
         elif self.kind in ("ipc", "nccl"):
             check_weights(source, self.shapes)
             if self._gpu is None:
@@ -70,19 +71,18 @@ class Transport:
             return
         elif self.kind == "file":
             check_weights(source, self.shapes)
-            written = self._folder / f"agentrl-{os.getpid()}-{os.urandom(4).hex()}.safetensors"
+            written = self._name(".safetensors")
             await asyncio.to_thread(write_weights, source, written)
             call = "load_files", {"files": [str(written)], "version": version}
         else:
-            raise SamplerError("transport adapter takes a folder of adapters, got tensors.")
+            raise SamplerError("sampler.transport is adapter, which takes a folder of adapters, got tensors.")
         try:
             await _all(receiver.receive(call[0], **call[1]) for receiver in receivers)
             self._forget()
-            if self._keep:
+            if self._keep or call[0] == "load_adapter":  # which an engine may read again
                 self._written, self._last, written = written, call, None
         finally:
-            if written is not None:
-                written.unlink(missing_ok=True)
+            _remove(written)
 
     async def resend(self, receiver: Receiver) -> None:
         """Send the last weights again.
@@ -99,16 +99,21 @@ class Transport:
         self._forget()
 
     def _forget(self) -> None:
-        if self._written is not None:
-            self._written.unlink(missing_ok=True)
+        _remove(self._written)
         self._written = self._last = None
 
-    def _folder_call(self, source: Path, version: int) -> tuple[str, dict[str, Any]]:
+    def _from_folder(self, source: Path, version: int) -> tuple[Path | None, tuple[str, dict[str, Any]]]:
+        """What was written for it, and the call that takes it."""
         if (source / ADAPTER_CONFIG).is_file():
-            return "load_adapter", {"folder": str(source.absolute()), "version": version}
+            copy = self._name("")
+            shutil.copytree(source, copy)
+            return copy, ("load_adapter", {"folder": str(copy), "version": version})
         files = [path.absolute() for path in weight_files(source)]
         check_weights(file_shapes(files), self.shapes)
-        return "load_files", {"files": [str(path) for path in files], "version": version}
+        return None, ("load_files", {"files": [str(path) for path in files], "version": version})
+
+    def _name(self, ending: str) -> Path:
+        return self._folder.absolute() / f"agentrl-{os.getpid()}-{os.urandom(4).hex()}{ending}"
 
 
 class _GPUTransfer:
@@ -201,6 +206,11 @@ def _source(weights: Mapping[str, Tensor]) -> Any:
             return iter(weights.items())
 
     return Source()
+
+
+def _remove(path: Path | None) -> None:
+    if path is not None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 async def _all(calls: Any) -> None:

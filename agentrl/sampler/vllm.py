@@ -243,7 +243,7 @@ class VLLMSampler:
         """Use ``source`` from now on: name -> tensor, a checkpoint folder, or a folder of LoRA adapters.
 
         Requests in flight stop for it and go on with the new weights, computed again from their first token, so that
-        no token rests on keys of old weights. Those of adapters go on with the adapter that they began with.
+        no token rests on keys of old weights.
 
         Raises:
             SamplerError: weights of another policy, which are refused before anything is loaded; or the engine failed
@@ -270,6 +270,8 @@ class VLLMSampler:
         """Put the LoRA adapters in ``folder`` in the place of the last ones; the engine runs with ``enable_lora``."""
         from vllm.lora.request import LoRARequest
 
+        if self._adapter is None and self._running:
+            raise SamplerError("requests in flight began without adapters: give the first ones before anything else.")
         async with self._loading(version):
             request = LoRARequest("policy", 1, folder, load_inplace=True)
             if not await self.engine.add_lora(request):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from agentrl.errors import SamplerError
@@ -63,8 +64,23 @@ def file_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
             with safe_open(path, "pt") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise SamplerError(f"{path} is not a whole safetensors file: {error}") from error
+            raise _unreadable(path, error) from error
     return shapes
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in a Hugging Face folder.
+
+    Raises:
+        SamplerError: there are none, or a file cannot be read.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            weights |= load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(path, error) from error
+    return weights
 
 
 def write_weights(source: Mapping[str, Tensor], path: Path) -> None:
@@ -73,8 +89,6 @@ def write_weights(source: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         SamplerError: no room for it.
     """
-    from safetensors.torch import save_file
-
     part = path.with_suffix(".part")
     try:
         save_file({name: value.detach().contiguous().cpu() for name, value in source.items()}, part)
@@ -86,3 +100,7 @@ def write_weights(source: Mapping[str, Tensor], path: Path) -> None:
             f"cannot write {size:.0f} MiB of weights to {path.parent}: {error}. Expected room for twice that there; "
             "name another folder with sampler.weights_dir."
         ) from error
+
+
+def _unreadable(path: Path, error: Exception) -> SamplerError:
+    return SamplerError(f"{path} is not a whole safetensors file: {error}")

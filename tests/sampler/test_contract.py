@@ -373,6 +373,25 @@ async def test_new_weights_are_used_at_once_and_nothing_old_is(make_sampler, mak
     same(after, await (await make_sampler(model, version=7)).sample(PROMPT, FREE))  # as of a sampler born with them
 
 
+async def test_a_checkpoint_folder_is_a_source_too(make_sampler, make_model, tmp_path):
+    sampler = await make_sampler()
+    model = make_model()
+    model.load_state_dict(moved(model), strict=False)
+    model.tie_weights()
+    with pytest.raises(SamplerError, match="holds no weights"):
+        await sampler.update_weights(tmp_path, 1)
+    model.save_pretrained(tmp_path)
+    await sampler.update_weights(tmp_path, 2)
+    done = await sampler.sample(PROMPT, FREE)
+    logprobs, _ = references(model, PROMPT, done)
+    assert done.logprobs == pytest.approx(logprobs, abs=1e-5)
+    assert set(done.policy_version) == {2}
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(SamplerError, match="not a whole safetensors file"):
+        await sampler.update_weights(tmp_path, 3)
+    assert (await sampler.sample(PROMPT, FREE)).token_ids == done.token_ids
+
+
 async def test_requests_in_flight_go_on_under_the_new_weights(make_sampler, make_model):
     sampler = await make_sampler(max_length=512)
     model = make_model()
