@@ -129,7 +129,7 @@ async def _start_sampler(config: RunConfig, model: Any, tokenizer: Any, folder: 
             copy.deepcopy(model), tokenizer, max_slots=wanted.max_slots, max_length=length, version=version
         )
     if wanted.backend == "vllm":
-        options = dict(wanted.options)
+        options = {"dtype": str(model.dtype).removeprefix("torch."), **wanted.options}
         if wanted.transport == "adapter":
             options.setdefault("max_lora_rank", next(rank for rank in _LORA_RANKS if rank >= config.policy.lora_rank))
         return await VLLMSampler.start(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 
 import pytest
 import pytest_asyncio
@@ -19,6 +20,7 @@ from agentrl.learner.leader import Leader
 from agentrl.learner.lora import save_adapter
 from agentrl.learner.step import Learner
 from agentrl.sampler.vllm import VLLMSampler
+from agentrl.tiny import build_model, save_policy
 from agentrl.types import SamplingParams
 
 pytestmark = pytest.mark.vllm
@@ -99,6 +101,10 @@ async def caught(handover):
 
 async def scores(sampler, seed=0):
     return await sampler.sample(PROMPT, SamplingParams(16, seed=seed))
+
+
+def boards():
+    return {name for name in os.listdir("/dev/shm") if name.startswith("agentrl-vllm-")}
 
 
 # -- roads ------------------------------------------------------------------------------------------------------------
@@ -277,6 +283,19 @@ async def test_options_that_break_our_sampling_or_are_unknown_are_refused(folder
         await VLLMSampler.start(folders[True], **SIZES, options={"logits_processors": []})
     with pytest.raises(SamplerError, match=r"does not take them.*tensor_size"):
         await VLLMSampler.start(folders[True], **SIZES, options={"tensor_size": 2})
+
+
+async def test_an_engine_without_memory_does_not_start_and_leaves_nothing(folders):
+    before = boards()
+    with pytest.raises(SamplerError, match="vLLM did not start"):
+        await VLLMSampler.start(folders[True], **SIZES, options={"kv_cache_memory_bytes": 1 << 12})
+    assert boards() == before
+
+
+async def test_heads_that_vllm_cannot_do_are_refused_before_it_dies_of_them(tokenizer, tmp_path):
+    save_policy(build_model(tokenizer, hidden=64, layers=1), tokenizer, tmp_path)
+    with pytest.raises(SamplerError, match="heads of 32 and more, a multiple of 16: got 16"):
+        await VLLMSampler.start(tmp_path, **SIZES)
 
 
 async def test_an_engine_that_dies_fails_its_requests(folders):
