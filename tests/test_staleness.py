@@ -115,7 +115,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_run(config, tmp_path, unbroken, policy_folder, at):
     """Before the first checkpoint, right at one, and where a batch had been played ahead."""
     require_equal_bits(policy_folder)
