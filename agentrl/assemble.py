@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agentrl import registry
-from agentrl.config import RunConfig
+from agentrl.config import LORA_RANKS, RunConfig
 from agentrl.errors import ConfigError, UserError
 from agentrl.renderer import Renderer
 from agentrl.rollout.scheduler import Scheduler
@@ -21,9 +21,6 @@ from agentrl.sampler.hf import HFSampler
 from agentrl.sampler.vllm import VLLMSampler
 from agentrl.sandbox.shared import close_shared_sandboxes, use_sandbox
 from agentrl.types import SamplingParams
-
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)
-"""Those that vLLM can be started for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +40,9 @@ class Actors:
         try:
             yield
         finally:
+            from torch import cuda
+
+            cuda.empty_cache()  # what torch keeps of the update is the engine's now; does nothing without a GPU
             await self.sampler.wake()
 
 
@@ -131,7 +131,7 @@ async def _start_sampler(config: RunConfig, model: Any, tokenizer: Any, folder: 
     if wanted.backend == "vllm":
         options = {"dtype": str(model.dtype).removeprefix("torch."), **wanted.options}
         if wanted.transport == "adapter":
-            options.setdefault("max_lora_rank", next(rank for rank in _LORA_RANKS if rank >= config.policy.lora_rank))
+            options.setdefault("max_lora_rank", next(rank for rank in LORA_RANKS if rank >= config.policy.lora_rank))
         return await VLLMSampler.start(
             folder,
             tokenizer,

@@ -33,6 +33,7 @@ agentrl: train and evaluate tool-using language models
   agentrl keys                    every configuration key with its default
   agentrl doctor                  what isolation this machine gives, by doing, and what each sandbox backend needs
   agentrl sandbox serve           lend this machine's sandbox to others, over HTTP with a token
+  agentrl serve MODEL             a vLLM server to sample from, for --sampler.backend vllm_server
 
 ENV is a registered name, a folder here with an ENV, file.py:Class or module:Class.
 Configuration: @ file.toml, then AGENTRL_SECTION__KEY variables, then --section.key value.
@@ -50,6 +51,10 @@ Configuration: @ file.toml, then AGENTRL_SECTION__KEY variables, then --section.
 sandbox serve takes --host 127.0.0.1, --port 8421 (0: any free one), --certfile and --keyfile for TLS, --token-file
 (default: the variable AGENTRL_SANDBOX_TOKEN, else a new token is printed), --max-sessions 512 and --max-calls 1024 of
 one client, and --idle-seconds 600, after which the sessions of a silent client are closed.
+
+serve takes --host 127.0.0.1, --port 8000 (0: any free one), --max-slots 256, --max-length 1024,
+--tensor-parallel-size 1, --dtype, --transport file (adapter, ipc, nccl), --token-file (default: the variable
+AGENTRL_SERVER_TOKEN, else a new token is printed), and any option of `vllm serve` as --vllm.OPTION value.
 """
 
 OPTIONS = {"policy", "out", "resume", "dry_run", "compare", "json", "short", "rollout", "recorded_tokens", "live"}
@@ -299,6 +304,17 @@ def _sandbox(words: list[str]) -> None:
     run(read_options(flags))
 
 
+def _serve(words: list[str]) -> None:
+    from agentrl.serve import read_options, run
+
+    if not words or words[0].startswith(("-", "@")):
+        raise UserError("expected a model's folder after the command; see agentrl --help.")
+    file, flags = parse_flags(words[1:])
+    if file is not None:
+        raise UserError(f"@ {file} does not go with this command; see agentrl --help.")
+    sys.exit(run(read_options(words[0], flags)))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "list": _list,
@@ -313,6 +329,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "algorithms": _algorithms,
     "doctor": _doctor,
     "sandbox": _sandbox,
+    "serve": _serve,
 }
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ CorrectionKind = Literal[
     "seq_max_k3",
 ]
 Correction = Literal["none"] | CorrectionKind
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)
+"""What vLLM can be started for."""
 OWN_CORRECTION = ("dppo", "ipo", "rollout_is")
 """Surrogates whose ratio is to the sampler, so that a correction beside them would count its age twice."""
 
@@ -322,10 +324,13 @@ def _check_sampler(config: RunConfig) -> None:
         raise ConfigError(f"sampler.transport is {sampler.transport}, but sampler.backend is hf, which needs none.")
     if sampler.transport == "adapter" and not config.policy.lora_rank:
         raise ConfigError("sampler.transport is adapter, but policy.lora_rank is 0: there are no adapters to send.")
-    if sampler.transport == "ipc" and backend != "vllm":
+    if sampler.transport == "adapter" and config.policy.lora_rank > LORA_RANKS[-1]:
         raise ConfigError(
-            "sampler.transport is ipc, for an engine on the learner's GPU: expected backend vllm."
+            f"policy.lora_rank is {config.policy.lora_rank}, vLLM takes adapters up to {LORA_RANKS[-1]}: lower it, or "
+            "let sampler.transport be file, which sends merged weights."
         )
+    if sampler.transport == "ipc" and backend != "vllm":
+        raise ConfigError("sampler.transport is ipc, for an engine on the learner's GPU: expected backend vllm.")
     if config.train.staleness and sampler.options.get("enable_sleep_mode"):
         raise ConfigError(
             "sampler.options.enable_sleep_mode gives the GPU to the learner during the update, but train.staleness is "

@@ -23,6 +23,7 @@ from agentrl.equal_cost import Row, summarise
 from agentrl.errors import ConfigError, RunFolderError, TrainingError, UserError
 from agentrl.evaluate import Evaluation, compare_evaluations, evaluate, on_leaf, table
 from agentrl.learner import distributed
+from agentrl.preflight import check_learner, check_sampler
 from agentrl.progress import StepTable, console, progress_bar
 from agentrl.recorded import find, listing
 from agentrl.replay import replay
@@ -32,7 +33,7 @@ from agentrl.seeds import derive_seed
 from agentrl.tasks import TaskStream
 from agentrl.tiny import build_model, build_tokenizer, render_texts, save_policy
 from agentrl.trace import RunFolder, read_metrics
-from agentrl.train import Metrics, follow_training, load_start, make_learner, train
+from agentrl.train import Metrics, follow_training, train
 from agentrl.types import Task
 
 
@@ -227,7 +228,7 @@ def _aloud(metrics: Metrics) -> str:
 
 
 def dry_run(config: RunConfig) -> None:
-    """Check the configuration, the environment, its first task and the policy's template; print the configuration.
+    """Check what can be checked without starting an engine or asking a server; print it, and the configuration.
 
     Raises:
         UserError: whatever a real run would have stumbled over.
@@ -237,8 +238,9 @@ def dry_run(config: RunConfig) -> None:
         check_env_forks(env_factory(config)(), config.rollout.policy)
     first = tasks.take(1)[0]
     asyncio.run(_open_episode(config, first))
-    make_learner(config, load_start(config, None)[0], None)
+    said = list(check_sampler(config, check_learner(config)))
     print(json.dumps(config.model_dump(mode="json"), indent=2))
+    print("\n".join(said))
     print(f"ok: {config.rollout.prompts} x {config.rollout.group} rollouts a step, first task {first.id!r}")
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from agentrl import __version__, cli, registry
+from agentrl import __version__, cli, registry, serve
 from agentrl.cli import COMMANDS, USAGE, main
 from agentrl.config import known_keys
 from agentrl.errors import IsolationUnavailable, SamplerError, TooManyFailures
+from agentrl.sampler.board import Board
 from agentrl.trace import latest_checkpoint, read_metrics
 
 SMALL = ["--sampler.max_length=160", "--rollout.max_tokens=48", "--policy.threads=1", "--algorithm.max_refills=0"]
@@ -221,3 +222,83 @@ def test_a_dry_run_refuses_what_a_run_would(policy_folder, capsys, flag, value, 
         main([*words, f"--{flag}", value])
     assert ended.value.code == 2
     assert says in capsys.readouterr().err
+
+
+# -- serve; that it serves is tested with vLLM ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["serve"], "expected a model's folder"),
+        (["serve", "--port", "1"], "expected a model's folder"),
+        (["serve", "nowhere"], "nowhere is no model: expected a Hugging Face folder"),
+        (["serve", "x", "--prot", "1"], "did you mean '--port'"),
+        (["serve", "x", "--port", "70000"], "--port must be a whole number from 0 to 65535, got 70000"),
+        (["serve", "x", "--max-length", "long"], "--max-length must be a whole number"),
+        (["serve", "x", "--host"], "--host needs a value"),
+        (["serve", "x", "--transport", "pigeon"], "--transport must be one of file, ipc, nccl, adapter, got 'pigeon'"),
+        (["serve", "x", "--token", "secret"], "every user of this machine can read the command line"),
+        (["serve", "x", "@", "file.toml"], "does not go with this command"),
+    ],
+)
+def test_serve_refuses_what_it_cannot_use(agentrl, words, says):
+    status, shown, problem = agentrl(*words)
+    assert (status, shown) == (2, "")
+    assert says in problem
+
+
+def test_serve_without_vllm_says_so(agentrl, policy_folder, monkeypatch):
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    status, _, problem = agentrl("serve", policy_folder)
+    assert status == 2
+    assert "agentrl serve needs vLLM: pip install 'agentrl[vllm]'" in problem
+
+
+@pytest.mark.parametrize("token", ["short", "sixteen letters with spaces"])
+def test_serve_takes_no_weak_token(agentrl, policy_folder, monkeypatch, tmp_path, token):
+    monkeypatch.setattr(serve, "check_startable", lambda options: None)
+    (tmp_path / "token").write_text(token)
+    status, _, problem = agentrl("serve", policy_folder, "--token-file", tmp_path / "token")
+    assert status == 2
+    assert "at least 16 visible ASCII characters" in problem
+
+
+def test_serve_ends_with_the_status_of_the_server(agentrl, policy_folder, monkeypatch):
+    asked = []
+
+    async def served(options, token):
+        asked.append((options, token))
+        return 7
+
+    monkeypatch.setattr(serve, "check_startable", lambda options: None)
+    monkeypatch.setattr(serve, "serve", served)
+    monkeypatch.delenv("AGENTRL_SERVER_TOKEN", raising=False)
+    status, shown, problem = agentrl("serve", policy_folder, "--host", "0.0.0.0", "--vllm.enable-lora")
+    ((options, token),) = asked
+    assert (status, options.vllm) == (7, {"enable_lora": True})
+    assert f"AGENTRL_SERVER_TOKEN={token}" in shown
+    assert "0.0.0.0 can be reached from other machines" in problem
+
+
+def test_the_command_line_of_vllm_serve_is_that_of_the_engine(tmp_path, monkeypatch):
+    found = {"model": "M", "max_model_len": 9, "enforce_eager": True, "async_scheduling": False, "a_list": ["x", "y"]}
+    found["additional_config"] = {"agentrl": {"slots": 1}}
+    monkeypatch.setattr("agentrl.sampler.vllm_engine.engine_arguments", lambda *given: found | given[-1])
+    options = serve.read_options("M", {"tensor_parallel_size": 2, "vllm.seed": 3, "vllm.enable_lora": True})
+    words = serve.command(options, Board.create(tmp_path / "board", 1, 2), 8123)
+    text = " ".join(words)
+    assert words[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "M"]
+    for part in (
+        "--port 8123",
+        "--middleware agentrl.sampler.vllm_endpoint.Endpoint",
+        "--max-model-len 9",
+        "--enforce-eager",
+        "--no-async-scheduling",
+        "--a-list x y",
+        '--additional-config {"agentrl": {"slots": 1}}',
+        "--tensor-parallel-size 2",
+        "--seed 3",
+        "--enable-lora",
+    ):
+        assert part in text

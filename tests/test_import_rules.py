@@ -58,7 +58,7 @@ LAYERS = [
     },
     {"sandboxes", "sampler", "rollout", "gym", "demonstrations", "_scripted", "conformance", "learner", "scaffold"},
     {"assemble", "handover", "trace", "warmstart", "plot", "pytest_plugin"},
-    {"train", "evaluate", "recorded", "replay", "__init__"},
+    {"train", "evaluate", "recorded", "replay", "preflight", "__init__"},
     {"compare", "compare_report"},
     {"run", "demo", "doctor", "serve"},
     {"cli"},

@@ -149,9 +149,9 @@ class _GPUTransfer:
         torch.cuda.set_device(device)  # of this thread
         weights = _source(source)
         if self._trainer is None:
-            from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+            from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-            self._trainer = WeightTransferEngineFactory.trainer_init(self._init_info(), client=self, source=weights)
+            self._trainer = WeightTransferTrainerFactory.trainer_init(self._init_info(), client=self, source=weights)
         self._trainer.source = weights
         self._trainer.send_weights()
 

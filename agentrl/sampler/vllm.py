@@ -89,12 +89,12 @@ class VLLMSampler:
         self.workers: int = engine.vllm_config.parallel_config.world_size
         self._adapter: Any = None
         self._free = list(range(max_slots))
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[asyncio.Future[int]] = deque()
         self._running: dict[str, int] = {}  # request id -> slot
         self._counter = 0
         self._updating = asyncio.Lock()
         self._closed: SamplerError | None = None
-        self._folder: Path | None = None
+        self._owned = False
 
     @classmethod
     async def start(
@@ -131,9 +131,8 @@ class VLLMSampler:
             arguments = engine_arguments(folder, board, max_slots, max_length, transport, options or {})
             engine, vocabulary = await start_engine(arguments, transport)
             await engine.collective_rpc("agentrl_version", args=(version,))
-        except BaseException:
-            shutil.rmtree(own, ignore_errors=True)
-            raise
+        finally:
+            shutil.rmtree(own, ignore_errors=True)  # all have it open; so a kill -9 leaves nothing behind
         sampler = cls(
             engine,
             board,
@@ -146,7 +145,7 @@ class VLLMSampler:
             transport=transport,
             weights_dir=weights_dir,
         )
-        sampler._folder = own
+        sampler._owned = True
         return sampler
 
     async def sample(self, token_ids: Sequence[int], params: SamplingParams) -> Completion:
@@ -287,14 +286,16 @@ class VLLMSampler:
 
     async def transfer_begin(self) -> None:
         """Pause until ``transfer_end``."""
-        await self.engine.pause_generation(mode="keep", clear_cache=False)
-        await self.engine.start_weight_update()
+        async with self._all_or_nothing():
+            await self.engine.pause_generation(mode="keep", clear_cache=False)
+            await self.engine.start_weight_update()
 
     async def transfer_update(self, info: Any) -> None:
         """Take a part of the weights."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self.engine.update_weights(WeightTransferUpdateRequest(update_info=info))
+        async with self._all_or_nothing():
+            await self.engine.update_weights(WeightTransferUpdateRequest(update_info=info))
 
     async def transfer_end(self, version: int) -> None:
         """All parts are there."""
@@ -322,15 +323,13 @@ class VLLMSampler:
         self.transport.close()
         with suppress(Exception):  # of an engine that is dead already
             await self.engine.abort(list(self._running))
-        while self._waiting:
-            _wake(self._waiting.popleft())
-        if self._folder is not None:
-            folder, self._folder = self._folder, None
+        self._fail_waiting()
+        if self._owned:
+            self._owned = False
             if (handler := self.engine.output_handler) is not None:
                 handler.cancel()  # or it reports that its engine is gone
                 await asyncio.wait([handler])
             await asyncio.to_thread(self.engine.shutdown)
-            shutil.rmtree(folder, ignore_errors=True)
             self.engine = None
             gc.collect()  # it is full of cycles, and complains when it is found at the end of the process
 
@@ -358,22 +357,28 @@ class VLLMSampler:
 
     @asynccontextmanager
     async def _loading(self, version: int) -> AsyncIterator[None]:
-        """New weights come in here: nothing is sampled meanwhile, nor ever again if it fails half-way."""
-        try:
+        """New weights come in here, while nothing is sampled."""
+        async with self._all_or_nothing():
             await self.engine.pause_generation(mode="keep", clear_cache=False)
             yield
             if not await self.engine.reset_prefix_cache(reset_running_requests=True):
                 raise SamplerError("the engine did not empty its prefix cache: its keys are of the old weights.")
             await self.engine.resume_generation()
-        except BaseException as error:  # half of the weights may be in
-            failure = SamplerError(f"vLLM did not take the weights: {type(error).__name__}: {error}")
-            self._closed = failure
+        self.version = version
+
+    @asynccontextmanager
+    async def _all_or_nothing(self) -> AsyncIterator[None]:
+        """Where loading fails half of the weights may be in, so nothing is sampled any more."""
+        try:
+            yield
+        except BaseException as error:
+            self._closed = SamplerError(f"vLLM did not take the weights: {type(error).__name__}: {error}")
+            self._fail_waiting()
             with suppress(Exception):
                 await self.engine.abort(list(self._running))
             if not isinstance(error, Exception):
                 raise
-            raise failure from error
-        self.version = version
+            raise self._closed from error
 
     def _check_open(self) -> None:
         if self._closed is not None:
@@ -382,34 +387,31 @@ class VLLMSampler:
     async def _take_slot(self) -> int:
         """A free row of the board, first come first served."""
         self._check_open()
-        if self._free and not self._waiting:
+        if self._free:
             return self._free.pop()
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
-            await turn
+            return await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._wake_next()
-            else:
-                self._waiting.remove(turn)
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                self._give_slot(turn.result())
             raise
-        self._check_open()
-        return self._free.pop()
 
     def _give_slot(self, slot: int) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(slot)
+                return
         self._free.append(slot)
-        self._wake_next()
 
-    def _wake_next(self) -> None:
-        if self._waiting:
-            _wake(self._waiting.popleft())
+    def _fail_waiting(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_exception(SamplerError(str(self._closed)))
 
 
 def _reason(finish_reason: str | None) -> StopReason | None:
     return None if finish_reason is None else StopReason.STOP if finish_reason == "stop" else StopReason.LENGTH
-
-
-def _wake(turn: asyncio.Future[None]) -> None:
-    if not turn.done():
-        turn.set_result(None)

@@ -1,4 +1,5 @@
-"""The compiled FlexAttention kernel against the CPU's rectangles: values, gradients, and a model's log-probs."""
+"""The compiled FlexAttention kernel: against torch's own attention with the same mask, in fp32 and bf16, values and
+gradients; against the CPU's rectangles; and a model's log-probs."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
+from engine_on_gpu import NEEDS_GPU
 from forests import rows_of
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -14,11 +17,7 @@ from agentrl.learner.logprob import check_packable, target_logprobs
 from agentrl.learner.pack import pack
 from agentrl.tiny import build_model
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's kernel and its gradients need a GPU"),
-    pytest.mark.timeout(600),  # the first call compiles
-    pytest.mark.filterwarnings("default"),  # the compiler's own
-]
+pytestmark = NEEDS_GPU
 
 
 def forest(answers, prompt, answer):
@@ -43,6 +42,55 @@ def test_the_kernel_agrees_with_the_rectangles(shape, groups):
     for expected, found in zip(*results, strict=True):
         # The kernel may multiply in TF32, of 10 bits.
         assert torch.allclose(found.cpu(), expected, atol=5e-3 * float(expected.abs().max()))
+
+
+def attended(tensors, weights, attention):
+    """Output and gradients, in fp64 on the CPU."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = attention(*leaves)
+    return [x.detach().cpu().double() for x in (out, *torch.autograd.grad(out, leaves, weights.to(out)))]
+
+
+def masked(subtree_end, scale):
+    """torch's own attention with the mask written out: what it computes needs no trust in ours."""
+    places = torch.arange(len(subtree_end))
+    seen = (places[None, :] <= places[:, None]) & (places[:, None] < subtree_end[None, :])
+
+    def attention(query, key, value):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen.to(query.device), scale=scale)
+
+    return attention
+
+
+def off(found, expected):
+    return [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+
+
+def compare_with_sdpa(device, dtype, shape, groups, size=64):
+    """Relative errors of output and gradients against fp64: ours, and those of torch's attention in ``dtype``."""
+    end = pack(*forest(*shape)).subtree_end
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(1, h, len(end), size, generator=generator) for h in (8, groups, groups)]
+    weights = torch.randn(1, 8, len(end), size, generator=generator)
+    scale, plan = size**-0.5, plan_attention(end.numpy(), device)
+    rounded = [x.to(dtype) for x in made]
+    exact = attended([x.double() for x in rounded], weights.to(dtype), masked(end, scale))
+    there = [x.to(device) for x in rounded]
+    ours = attended(there, weights.to(dtype), lambda q, k, v: attend(q, k, v, plan, scale))
+    theirs = attended(there, weights.to(dtype), masked(end, scale))
+    return off(ours, exact), off(theirs, exact)
+
+
+@pytest.mark.parametrize("shape", [(8, 300, 100), (3, 1000, 400)])
+@pytest.mark.parametrize("groups", [8, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernel_agrees_with_sdpa(dtype, groups, shape):
+    """As near to fp64 as torch's own attention in the same dtype, or as TF32 (fp32) and a bf16 result can be."""
+    ours, theirs = compare_with_sdpa("cuda", dtype, shape, groups)
+    print(f"ours {[f'{x:.1e}' for x in ours]}, SDPA {[f'{x:.1e}' for x in theirs]}")
+    floor = 2e-3 if dtype == torch.float32 else 8e-3
+    assert all(a <= max(2 * b, floor) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_a_model_on_the_gpu_gives_the_log_probs_of_the_cpu(tokenizer):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import importlib.util
 import platform
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -15,27 +17,89 @@ import torch.nn.functional as F
 
 from agentrl.sampler.hf import HFSampler
 from agentrl.sampler.vllm import VLLMSampler
+from agentrl.sampler.vllm_server import VLLMServerSampler
+from agentrl.serve import ServeOptions, serving
 from agentrl.tiny import build_model, save_policy
 from agentrl.types import Completion
 
 SIZES = {"max_slots": 48, "max_length": 160}
+TOKEN = "a-token-of-the-tests"
 
 
-async def start_hf(_, model, tokenizer, **options):
-    return HFSampler(model, tokenizer, **SIZES | options)
+def shapes_of(model):
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-async def start_vllm(engine, model, tokenizer, **options):
-    """Another sampler around the session's engine, whose weights become those of ``model``."""
-    options = SIZES | options
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    sampler = VLLMSampler(engine.engine, engine._board, shapes, model.config.vocab_size, tokenizer, **options)
-    await sampler.update_weights(dict(model.named_parameters()), options.get("version", 0))
-    return sampler
+class HF:
+    """The embedded engine: every sampler has one of its own."""
+
+    @staticmethod
+    @asynccontextmanager
+    async def running(_):
+        async def start(model, tokenizer, **options):
+            return HFSampler(model, tokenizer, **options)
+
+        yield start
+
+
+class VLLM:
+    """Samplers around one engine, whose weights become those of the model."""
+
+    @staticmethod
+    @asynccontextmanager
+    async def running(folder):
+        first = await VLLMSampler.start(folder, max_slots=64, max_length=512)
+
+        async def start(model, tokenizer, **options):
+            shapes = shapes_of(model)
+            sampler = VLLMSampler(first.engine, first._board, shapes, model.config.vocab_size, tokenizer, **options)
+            await sampler.update_weights(dict(model.named_parameters()), options.get("version", 0))
+            return sampler
+
+        yield start
+        await first.close()
+
+
+class VLLMServer:
+    """Clients of one server, which the command's own functions start."""
+
+    @staticmethod
+    @asynccontextmanager
+    async def running(folder):
+        options = ServeOptions(str(folder), port=0, max_slots=64, max_length=512)
+        holds = None  # a client that finds other weights than it gave is right to complain: so give them only where due
+        async with serving(options, TOKEN) as served:
+
+            async def start(model, tokenizer, **options):
+                nonlocal holds
+                sampler = await VLLMServerSampler.start(
+                    [served.url],
+                    shapes=shapes_of(model),
+                    tokenizer=tokenizer,
+                    vocabulary=model.config.vocab_size,
+                    token=TOKEN,
+                    patience=10.0,
+                    **options,
+                )
+                (server,) = sampler.servers
+                wanted = digest(model), options.get("version", 0)
+                if holds != (wanted, server.revisions):
+                    await sampler.update_weights(dict(model.named_parameters()), wanted[1])
+                    holds = wanted, server.revisions
+                return sampler
+
+            yield start
+
+
+def digest(model):
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        found.update(parameter.detach().numpy().tobytes())
+    return found.hexdigest()
 
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
-BACKENDS = {"vllm": start_vllm} if HAS_VLLM else {"hf": start_hf}
+BACKENDS = {"vllm": VLLM, "vllm_server": VLLMServer} if HAS_VLLM else {"hf": HF}
 """vLLM has an environment of its own (`make test-vllm`); what is about ``hf`` alone runs in the other one."""
 
 
@@ -52,25 +116,21 @@ def random_folder(random_model, tokenizer, tmp_path_factory):
     return folder
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def engine(random_folder):
-    """What all samplers of a backend share: vLLM's engine takes 20 seconds to start."""
-    if not HAS_VLLM:
-        yield None
-        return
-    sampler = await VLLMSampler.start(random_folder, max_slots=64, max_length=512)
-    yield sampler
-    await sampler.close()
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=BACKENDS)
+async def start_sampler(request, random_folder):
+    """``await start_sampler(model, tokenizer, **options)``; what all samplers of a backend share is started here."""
+    async with BACKENDS[request.param].running(random_folder) as start:
+        yield start
 
 
-@pytest.fixture(params=BACKENDS)
-async def make_sampler(request, make_model, engine):
+@pytest.fixture
+async def make_sampler(make_model, start_sampler):
     """``await make_sampler(model=None, tokenizer=None, **options)`` for every backend."""
     made = []
 
     async def make(model=None, tokenizer=None, **options):
         model = make_model() if model is None else model
-        made.append(await BACKENDS[request.param](engine, model, tokenizer, **options))
+        made.append(await start_sampler(model, tokenizer, **SIZES | options))
         return made[-1]
 
     yield make
