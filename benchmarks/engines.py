@@ -3,7 +3,9 @@
 The model is a Qwen3 of 128 x 2 layers with random weights; every request has its own prompt of 32 tokens and gets 128
 new ones. ``hf`` is the embedded sampler, ``vllm`` the engine in-process, ``server`` the same behind HTTP, started by
 ``agentrl serve``, and ``LLM.generate`` vLLM called as its documentation does: no log-probs, no entropies, no seeds,
-which ours all deliver. The contestants take turns; new prompts in every round, so that no prefix cache helps anybody.
+which ours all deliver. ``AsyncLLM.generate`` is the engine of ``vllm`` asked without us, also with none of them: what
+lies between the two is what vLLM's own asyncio front costs. The contestants take turns; new prompts in every round, so
+that no prefix cache helps anybody.
 
 ``x LLM.generate`` is its time over ours, by the wall: the work is spread over processes.
 
@@ -66,6 +68,21 @@ async def generate(llm: Any, number: int) -> None:
         expect(len(output.outputs[0].token_ids))
 
 
+async def generate_async(engine: Any, number: int) -> None:
+    from vllm import SamplingParams as Params
+    from vllm.inputs import tokens_input
+    from vllm.sampling_params import RequestOutputKind
+
+    final = RequestOutputKind.FINAL_ONLY
+    params = Params(temperature=1.0, max_tokens=NEW, ignore_eos=True, detokenize=False, output_kind=final)
+
+    async def one(ids: list[int]) -> None:
+        async for output in engine.generate(tokens_input(ids), params, f"direct-{next(NUMBERS)}"):
+            expect(len(output.outputs[0].token_ids))
+
+    await asyncio.gather(*(one(ids) for ids in prompts(number)))
+
+
 def expect(tokens: int) -> None:
     if tokens != NEW:
         sys.exit(f"expected {NEW} new tokens, got {tokens}: the contestants do not do the same work")
@@ -84,11 +101,11 @@ async def speeds(contestants: dict[str, Callable[[int], Awaitable[None]]], round
                     taken[name].append(time.perf_counter() - began)
         for name, seconds in taken.items():
             rows.append(Row(f"{number} at once: {name}", number * NEW / median(seconds), "tok/s"))
-        direct = taken["LLM.generate"]
         for name in ("vllm", "server"):
-            share = median(theirs / ours for theirs, ours in zip(direct, taken[name], strict=True))
-            target = 0.9 if number == 64 else None
-            rows.append(Row(f"{number} at once: {name}", share, "x LLM.generate", target, "higher"))
+            for direct in ("LLM.generate", "AsyncLLM.generate"):
+                share = median(theirs / ours for theirs, ours in zip(taken[direct], taken[name], strict=True))
+                target = 0.9 if number == 64 and direct == "LLM.generate" else None
+                rows.append(Row(f"{number} at once: {name}", share, f"x {direct}", target, "higher"))
     return rows
 
 
@@ -165,6 +182,7 @@ async def run(folder: Path, rounds: int) -> list[Row]:
                 "vllm": lambda number: sample(vllm, number),
                 "server": lambda number: sample(server, number),
                 "LLM.generate": lambda number: generate(llm, number),
+                "AsyncLLM.generate": lambda number: generate_async(vllm.engine, number),
             },
             rounds,
         )

@@ -7,6 +7,7 @@ a token exists comes after the cell was written, so a reader needs no lock.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ class Board:
 
     def __init__(self, path: str, slots: int, length: int) -> None:
         self.path, self.slots, self.length = path, slots, length
-        self._cells: Any = np.memmap(path, CELL, "r+", 0, (slots, length))
+        self._cells: Any = np.asarray(np.memmap(path, CELL, "r+", 0, slots * length))
 
     @classmethod
     def create(cls, path: Path, slots: int, length: int) -> Board:
@@ -49,14 +50,14 @@ class Board:
         """What another process needs to open it."""
         return {"path": self.path, "slots": self.slots, "length": self.length}
 
-    def write(self, slots: list[int], places: list[int], version: int, columns: Any) -> None:
-        """Write a cell for each of ``slots`` [B] at ``places`` [B]; ``columns``: token ids, log-probs and entropies."""
-        cells = np.empty(len(slots), CELL)
-        cells["token_id"], cells["logprob"], cells["entropy"] = columns
-        cells["version"] = version
-        self._cells[slots, places] = cells
+    def write(self, cells: Any, version: int, columns: Sequence[Any]) -> None:
+        """Write the ``cells`` [B], each ``slot * length + place``; ``columns``: token ids, log-probs and entropies."""
+        written = np.empty(len(cells), CELL)
+        written["token_id"], written["logprob"], written["entropy"] = columns
+        written["version"] = version
+        self._cells[cells] = written
 
     def read(self, slot: int, begin: int, end: int) -> Cells:
         """The cells of a row from ``begin`` up to ``end``."""
-        cells = self._cells[slot, begin:end]
+        cells = self._cells[slot * self.length + begin : slot * self.length + end]
         return Cells(*(cells[name].tolist() for name in ("token_id", "logprob", "entropy", "version")))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from agentrl.errors import SamplerError
-from agentrl.sampler.draw import draw, uniforms
+from agentrl.sampler.draw import Manner, draw, streams, uniforms
 from agentrl.sampler.prefix import PrefixIndex
 from agentrl.sampler.proof import cannot_sample, check_lengths, plain_logits, prove
 from agentrl.sampler.request import check_request, ends_with_stop
@@ -326,9 +326,8 @@ class HFSampler:
         params = [request.params for request in requests]
         drawn = draw(
             logits if rows == list(range(len(logits))) else logits[rows],
-            torch.tensor([p.temperature for p in params], device=logits.device),
-            torch.tensor([p.top_p for p in params], device=logits.device),
-            uniforms([p.seed for p in params], [len(request.events) for request in requests]),
+            Manner.of([p.temperature for p in params], [p.top_p for p in params], logits.device),
+            uniforms(streams([p.seed for p in params]), [len(request.events) for request in requests]),
         )
         ids, logprobs, entropies = (column.tolist() for column in drawn)
         deliveries: list[tuple[_Request, TokenEvent]] = []

@@ -64,6 +64,7 @@ def engine_arguments(
         "additional_config": {KEY: board.arguments},
         "generation_config": "vllm",  # the folder's own may set a temperature
         "use_tqdm_on_load": False,
+        "disable_log_stats": True,  # counted for every token in Python; what we count comes with each request
     }
     if transport in ("ipc", "nccl"):
         arguments["weight_transfer_config"] = {"backend": transport}

@@ -5,16 +5,17 @@ those of the distribution that was sampled from, entropies are exact, random num
 and the same weights and seeds give the same tokens with either engine. vLLM's own top log-probs would give the entropy
 of some of the vocabulary, at many times the cost (measured in docs/performance.md).
 
-The drawn token is handed to vLLM by leaving it as the only possible one, so its own sampler has nothing to decide.
+The drawn token is handed to vLLM with a logit of infinity, so its own sampler has nothing to decide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -23,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from agentrl.sampler.board import Board
-from agentrl.sampler.draw import draw, uniforms
+from agentrl.sampler.draw import Manner, draw, streams, uniforms
 from agentrl.sampler.vllm_engine import KEY
 
 
@@ -45,6 +46,43 @@ class _Row:
     start: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What stays the same as long as the same requests are in the batch; arrays have an entry for each of ours.
+
+    Attributes:
+        rows: ours.
+        indices: their rows of the logits.
+        contiguous: whether these are the first ones, in order.
+        manner: how they are drawn.
+        streams: of their random numbers.
+        starts: the random number that their first token takes.
+        cells: of the board, for their first token.
+    """
+
+    rows: list[_Row]
+    indices: Tensor
+    contiguous: bool
+    manner: Manner
+    streams: Any
+    starts: Any
+    cells: Any
+
+    @classmethod
+    def of(cls, rows: Mapping[int, _Row], length: int, device: torch.device) -> _Batch:
+        """Of the requests by their row of the logits."""
+        ours = list(rows.values())
+        return cls(
+            ours,
+            torch.tensor(list(rows), device=device),
+            list(rows) == list(range(len(rows))),
+            Manner.of([row.temperature for row in ours], [row.top_p for row in ours], device),
+            streams([row.seed for row in ours]),
+            np.array([row.start for row in ours]),
+            np.array([row.slot * length for row in ours]),
+        )
+
+
 class Drawing(LogitsProcessor):  # type: ignore[misc]
     """Draws the next token of every request of ours; rows of other clients of the engine are left to vLLM."""
 
@@ -52,7 +90,7 @@ class Drawing(LogitsProcessor):  # type: ignore[misc]
         self._board = Board(**vllm_config.additional_config[KEY])
         self._device = device
         self._rows: dict[int, _Row] = {}
-        self._settings: tuple[list[int], Tensor, Tensor] | None = None
+        self._batch: _Batch | None = None
 
     def is_argmax_invariant(self) -> bool:
         """False: it decides which token is the likeliest, and wants logits before any temperature."""
@@ -62,7 +100,7 @@ class Drawing(LogitsProcessor):  # type: ignore[misc]
         """Follow the requests through the batch in the order that vLLM prescribes: removed, added, moved."""
         if batch_update is None:
             return
-        self._settings = None
+        self._batch = None
         for index in batch_update.removed:
             self._rows.pop(index, None)
         for index, params, _, tokens in batch_update.added:
@@ -78,26 +116,17 @@ class Drawing(LogitsProcessor):  # type: ignore[misc]
                 self._rows[one] = other
 
     def apply(self, logits: Tensor) -> Tensor:
-        """[B, V] fp32 logits in, and out with only the drawn token possible."""
+        """[B, V] fp32 logits in, and out with infinity for the drawn token."""
         if not self._rows:
             return logits
-        rows = list(self._rows.values())
-        if self._settings is None:
-            columns = [[row.temperature for row in rows], [row.top_p for row in rows]]
-            self._settings = list(self._rows), *torch.tensor(columns, device=self._device)
-        indices, temperature, top_p = self._settings
-        places = [row.start + len(row.tokens) for row in rows]
-        everybody = indices == list(range(len(logits)))
-        uniform = uniforms([row.seed for row in rows], places)
-        drawn = draw(logits if everybody else logits[indices], temperature, top_p, uniform)
-        places = [place - row.start for place, row in zip(places, rows, strict=True)]
-        found = torch.stack([column.double() for column in drawn]).cpu().numpy()  # in one transfer
-        self._board.write([row.slot for row in rows], places, _Weights.version, found)
-        if everybody:
-            logits.fill_(float("-inf"))
-            return logits.scatter_(1, drawn.token_ids[:, None], 0.0)
-        logits[indices] = float("-inf")
-        logits[indices, drawn.token_ids] = 0.0
+        if self._batch is None:
+            self._batch = _Batch.of(self._rows, self._board.length, self._device)
+        batch = self._batch
+        ours = logits if batch.contiguous and len(batch.rows) == len(logits) else logits[batch.indices]
+        counts = np.array([len(row.tokens) for row in batch.rows])
+        drawn = draw(ours, batch.manner, uniforms(batch.streams, batch.starts + counts))
+        self._board.write(batch.cells + counts, _Weights.version, [column.cpu().numpy() for column in drawn])
+        logits[batch.indices, drawn.token_ids] = float("inf")
         return logits
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from agentrl.sampler.draw import draw, uniforms
+from agentrl.sampler.draw import Manner, draw, streams, uniforms
 
 LOGITS = arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 12)), elements=st.floats(-30, 30, width=16))
 
@@ -19,12 +19,8 @@ LOGITS = arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 12)), el
 def one(logits, temperature=1.0, top_p=1.0, uniform=0.5):
     logits = torch.as_tensor(logits, dtype=torch.float32)
     rows = len(logits)
-    return draw(
-        logits,
-        torch.full((rows,), temperature),
-        torch.full((rows,), top_p),
-        torch.full((rows,), uniform, dtype=torch.float64),
-    )
+    manner = Manner.of([temperature] * rows, [top_p] * rows)
+    return draw(logits, manner, torch.full((rows,), uniform, dtype=torch.float64))
 
 
 def nucleus(probs, top_p):
@@ -61,7 +57,7 @@ def test_the_inverse_of_the_distribution(weights, top_p):
     probs = torch.tensor(weights) / sum(weights)
     grid = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     logits = probs.log().expand(2000, -1)
-    drawn = draw(logits, torch.ones(2000), torch.full((2000,), top_p), grid)
+    drawn = draw(logits, Manner.of([1.0] * 2000, [top_p] * 2000), grid)
     share = torch.bincount(drawn.token_ids, minlength=len(weights)) / 2000
     # What a token is drawn with is what its log-prob says it was drawn with.
     for token in drawn.token_ids.unique():
@@ -74,12 +70,11 @@ def test_the_inverse_of_the_distribution(weights, top_p):
 @given(LOGITS, st.integers(0, 3), st.floats(0.2, 1), st.floats(0, 1, exclude_max=True))
 def test_rows_do_not_know_each_other(logits, row, top_p, uniform):
     row %= len(logits)
-    temperatures = torch.tensor([0.0, 0.7, 1.0, 2.0])[: len(logits)]
-    mixed = torch.tensor([1.0, top_p, 0.9, 1.0])[: len(logits)]
-    together = draw(
-        torch.as_tensor(logits), temperatures, mixed, torch.full((len(logits),), uniform, dtype=torch.float64)
-    )
-    alone = one(logits[row : row + 1], float(temperatures[row]), float(mixed[row]), uniform)
+    temperatures = [0.0, 0.7, 1.0, 2.0][: len(logits)]
+    mixed = [1.0, top_p, 0.9, 1.0][: len(logits)]
+    each = torch.full((len(logits),), uniform, dtype=torch.float64)
+    together = draw(torch.as_tensor(logits), Manner.of(temperatures, mixed), each)
+    alone = one(logits[row : row + 1], temperatures[row], mixed[row], uniform)
     for both, single in zip(together, alone, strict=True):
         assert torch.equal(both[row : row + 1], single)
 
@@ -113,14 +108,14 @@ def test_a_nucleus_below_the_likeliest_token_keeps_just_that():
 
 @given(st.integers(-(2**63), 2**64 - 1), st.integers(0, 2**32))
 def test_uniforms_are_a_pure_function(seed, position):
-    first = uniforms([seed], [position])
-    assert torch.equal(first, uniforms([7, seed, 8], [0, position, 1])[1:2])
+    first = uniforms(streams([seed]), [position])
+    assert torch.equal(first, uniforms(streams([7, seed, 8]), [0, position, 1])[1:2])
     assert 0 <= first.item() < 1
 
 
 def test_uniforms_are_uniform_and_unrelated():
     seeds, positions = np.meshgrid(np.arange(200), np.arange(200), indexing="ij")
-    grid = uniforms(seeds.ravel().tolist(), positions.ravel().tolist()).numpy().reshape(200, 200)
+    grid = uniforms(streams(seeds.ravel().tolist()), positions.ravel().tolist()).numpy().reshape(200, 200)
     counts = np.histogram(grid, bins=20, range=(0, 1))[0]
     chi_square = ((counts - 2000) ** 2 / 2000).sum()
     assert chi_square < 50, "19 degrees of freedom; 50 is beyond 1 in 10,000"
