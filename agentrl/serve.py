@@ -9,11 +9,9 @@ import asyncio
 import contextlib
 import ctypes
 import importlib.util
-import ipaddress
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -26,11 +24,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from agentrl._serving import find_token, flag, is_loopback
 from agentrl.errors import ConfigError, SamplerError, UnknownName, UserError
 from agentrl.sampler.server_wire import TOKEN_VARIABLE
 
-TOKEN_CHARS = 16
-"""Shortest token that is accepted."""
 PASSED_ON = "vllm."
 """What follows it in a flag is an option of ``vllm serve``."""
 Kind = Literal["file", "ipc", "nccl", "adapter"]
@@ -79,13 +76,13 @@ class ServeOptions:
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
-                raise ConfigError(f"--{_flag(name)} must be a whole number from {low} to {high}, got {value!r}.")
+                raise ConfigError(f"--{flag(name)} must be a whole number from {low} to {high}, got {value!r}.")
         if self.transport not in get_args(Kind):
             raise ConfigError(f"--transport must be one of {', '.join(get_args(Kind))}, got {self.transport!r}.")
         for name in ("model", "host", "dtype", "token_file"):
             value = getattr(self, name)
             if not isinstance(value, str | None) or value == "":
-                raise ConfigError(f"--{_flag(name)} needs a value, got {value!r}.")
+                raise ConfigError(f"--{flag(name)} needs a value, got {value!r}.")
 
 
 _RANGES = {
@@ -123,8 +120,8 @@ def read_options(model: str, flags: Mapping[str, Any]) -> ServeOptions:
         elif name in names:
             own[name] = value
         else:
-            known = [*(f"--{_flag(each)}" for each in names), "--vllm.OPTION"]
-            raise UnknownName("option of agentrl serve:", f"--{_flag(name)}", known)
+            known = [*(f"--{flag(each)}" for each in names), "--vllm.OPTION"]
+            raise UnknownName("option of agentrl serve:", f"--{flag(name)}", known)
     return ServeOptions(model, **own, vllm=passed)
 
 
@@ -209,11 +206,11 @@ def command(options: ServeOptions, board: Any, port: int) -> list[str]:
     words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
     for name, value in arguments.items():
         if isinstance(value, bool):
-            words.append(f"--{'' if value else 'no-'}{_flag(name)}")
+            words.append(f"--{'' if value else 'no-'}{flag(name)}")
         elif isinstance(value, list | tuple):
-            words += [f"--{_flag(name)}", *map(str, value)]
+            words += [f"--{flag(name)}", *map(str, value)]
         else:
-            words += [f"--{_flag(name)}", json.dumps(value) if isinstance(value, dict) else str(value)]
+            words += [f"--{flag(name)}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return words
 
 
@@ -244,8 +241,8 @@ def run(options: ServeOptions) -> int:
         SamplerError: the server did not start.
     """
     check_startable(options)
-    token = _find_token(options)
-    if not _is_loopback(options.host):
+    token = find_token(TOKEN_VARIABLE, options.token_file)
+    if not is_loopback(options.host):
         print(
             f"agentrl: warning: {options.host} can be reached from other machines and there is no TLS: whoever listens "
             "on the way sees the token. Better: tunnel to 127.0.0.1, or put a proxy with TLS before it.",
@@ -346,25 +343,6 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-def _find_token(options: ServeOptions) -> str:
-    given = os.environ.get(TOKEN_VARIABLE, "")
-    if options.token_file:
-        try:
-            given = Path(options.token_file).read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--token-file {options.token_file} cannot be read: {error}.") from error
-    if not given and not options.token_file:
-        given = secrets.token_urlsafe(24)
-        print(f"token, made for this run; on the client, set {TOKEN_VARIABLE}={given}", flush=True)
-    visible = given.isascii() and given.isprintable() and " " not in given
-    if len(given) < TOKEN_CHARS or not visible:
-        raise UserError(
-            f"a server's token must have at least {TOKEN_CHARS} visible ASCII characters, got {len(given)}. Make one: "
-            'python -c "import secrets; print(secrets.token_urlsafe(24))"'
-        )
-    return given
-
-
 def _free_port(host: str) -> int:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -372,14 +350,3 @@ def _free_port(host: str) -> int:
             return int(probe.getsockname()[1])
     except OSError as error:
         raise UserError(f"cannot listen on {host}: {error.strerror or error}.") from error
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")

@@ -31,6 +31,7 @@ FOUNDATION = {
     "_versions",
     "_stand_in",
     "_together",
+    "_serving",
     "progress",
     "collapse",
 }

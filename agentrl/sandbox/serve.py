@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
-import os
-import secrets
 import signal
 import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
+from agentrl._serving import check_token, find_token, flag, is_loopback
 from agentrl.errors import ConfigError, UnknownName, UserError
 from agentrl.sandbox.app import App
 from agentrl.sandbox.base import Sandbox
@@ -27,8 +24,6 @@ from agentrl.sandbox.ledger import Quota
 from agentrl.sandbox.local import LocalSandbox
 from agentrl.sandbox.remote import TOKEN_VARIABLE
 
-TOKEN_CHARS = 16
-"""Shortest token that is accepted."""
 _KEEP_SECONDS = 75
 _SHUTDOWN_SECONDS = 5
 
@@ -65,11 +60,11 @@ class ServeOptions:
             value = getattr(self, name)
             kinds = (int, float) if name == "idle_seconds" else (int,)
             if type(value) not in kinds or not low <= value <= high:
-                raise ConfigError(f"--{_flag(name)} must be a number from {low} to {high}, got {value!r}.")
+                raise ConfigError(f"--{flag(name)} must be a number from {low} to {high}, got {value!r}.")
         for name in ("host", "certfile", "keyfile", "token_file"):
             value = getattr(self, name)
             if not isinstance(value, str | None) or value == "":
-                raise ConfigError(f"--{_flag(name)} needs a value, got {value!r}.")
+                raise ConfigError(f"--{flag(name)} needs a value, got {value!r}.")
         if self.keyfile and not self.certfile:
             raise ConfigError("--keyfile needs --certfile, the certificate that it belongs to.")
 
@@ -91,7 +86,7 @@ def read_options(flags: Mapping[str, Any]) -> ServeOptions:
                 f"every user of this machine can read the command line: give --token-file, or set {TOKEN_VARIABLE}."
             )
         if name not in names:
-            raise UnknownName("option of agentrl sandbox serve:", f"--{_flag(name)}", [f"--{_flag(n)}" for n in names])
+            raise UnknownName("option of agentrl sandbox serve:", f"--{flag(name)}", [f"--{flag(n)}" for n in names])
     return ServeOptions(**flags)
 
 
@@ -114,7 +109,7 @@ async def serving(sandbox: Sandbox, token: str, options: ServeOptions) -> AsyncI
 
     app = App(
         sandbox,
-        _check_token(token),
+        check_token(token),
         quota=Quota(options.max_sessions, options.max_calls),
         idle_seconds=options.idle_seconds,
     )
@@ -172,38 +167,14 @@ def run(options: ServeOptions) -> None:
         UserError: the token or an option cannot be used.
         IsolationUnavailable: this machine cannot isolate a session.
     """
-    token = _find_token(options)
-    if not options.certfile and not _is_loopback(options.host):
+    token = find_token(TOKEN_VARIABLE, options.token_file)
+    if not options.certfile and not is_loopback(options.host):
         print(
             f"agentrl: warning: {options.host} can be reached from other machines and there is no TLS: whoever listens "
             "on the way sees the token and can run code here. Give --certfile, or tunnel to 127.0.0.1.",
             file=sys.stderr,
         )
     asyncio.run(serve(options, token))
-
-
-def _find_token(options: ServeOptions) -> str:
-    given = os.environ.pop(TOKEN_VARIABLE, "")
-    if options.token_file:
-        try:
-            given = Path(options.token_file).read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--token-file {options.token_file} cannot be read: {error}.") from error
-    if given or options.token_file:
-        return _check_token(given)
-    made = secrets.token_urlsafe(24)
-    print(f"token, made for this run; on the client, set {TOKEN_VARIABLE}={made}", flush=True)
-    return made
-
-
-def _check_token(token: str) -> str:
-    visible = token.isascii() and token.isprintable() and " " not in token
-    if len(token) < TOKEN_CHARS or not visible:
-        raise UserError(
-            f"a sandbox token must have at least {TOKEN_CHARS} visible ASCII characters, got {len(token)}: whoever "
-            'guesses it runs code here. Make one: python -c "import secrets; print(secrets.token_urlsafe(24))"'
-        )
-    return token
 
 
 def _listen(options: ServeOptions) -> socket.socket:
@@ -220,14 +191,3 @@ def _listen(options: ServeOptions) -> socket.socket:
 def _url(listener: socket.socket, options: ServeOptions) -> str:
     host = f"[{options.host}]" if ":" in options.host else options.host
     return f"{'https' if options.certfile else 'http'}://{host}:{listener.getsockname()[1]}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
