@@ -73,6 +73,7 @@ def without_seconds(runs: Any) -> Any:
 # -- what comes out ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_run_spends_the_budget_and_no_step_more(finished):
     _, out = finished
     runs = saved(out)["runs"]
@@ -89,6 +90,7 @@ def test_every_run_spends_the_budget_and_no_step_more(finished):
         assert last["cost"]["learner_tokens"] == sum(row.get("num_tokens/unique", 0) for row in rows)
 
 
+@pytest.mark.slow
 def test_the_policy_is_probed_at_the_start_and_on_the_way(finished):
     runs = saved(finished[1])["runs"]
     starts = {run["points"][0]["reward"] for run in runs}
@@ -102,6 +104,7 @@ def test_the_policy_is_probed_at_the_start_and_on_the_way(finished):
         assert len(costs) == 2 or 130 <= costs[1] < 260
 
 
+@pytest.mark.slow
 def test_methods_differ_in_what_they_override_alone(finished):
     group, tree = saved(finished[1])["configs"].values()
     assert tree["rollout"].pop("policy") == "random_tree"
@@ -110,6 +113,7 @@ def test_methods_differ_in_what_they_override_alone(finished):
     assert group == tree
 
 
+@pytest.mark.slow
 def test_it_says_what_came_out(finished, capsys):
     file, out = finished
     main(["compare", "@", file, "--out", str(out)])
@@ -126,6 +130,7 @@ def test_it_says_what_came_out(finished, capsys):
 # -- going on ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_and_repeats_nothing(finished, tmp_path, policy_folder, monkeypatch, capsys):
     require_equal_bits(policy_folder)
     file, unbroken = finished
@@ -154,6 +159,7 @@ def test_an_interrupted_comparison_goes_on_and_repeats_nothing(finished, tmp_pat
     assert len(steps) == done, "no step was done twice"
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_trained_again(finished, monkeypatch):
     file, out = finished
 
@@ -167,6 +173,7 @@ def test_what_is_finished_is_not_trained_again(finished, monkeypatch):
     assert without_seconds(saved(out)["runs"]) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -185,6 +192,7 @@ def test_a_folder_of_another_comparison_is_refused(finished, write, tmp_path, ca
 # -- what must not be silent ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_budget_that_the_steps_do_not_reach_is_said_aloud(write, tmp_path, capsys):
     file = write(tmp_path, steps=1, budget="calls = 1000", change=("seeds = [0, 1]", "seeds = [0]"))
     main(["compare", "@", file, "--out", str(tmp_path / "out")])
@@ -197,6 +205,7 @@ def test_a_budget_that_the_steps_do_not_reach_is_said_aloud(write, tmp_path, cap
     assert after["runs"][0]["points"][:2] == before["runs"][0]["points"]
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_named_and_the_others_go_on(finished, write, tmp_path, capsys):
     """The gap between sampler and learner is never so small, so the tree's runs stop at their first update."""
     _, out = finished

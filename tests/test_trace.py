@@ -408,6 +408,7 @@ def python(code: str, *arguments: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
+@pytest.mark.slow
 def test_kill_before_any_file_operation_loses_at_most_the_step_in_hand(tmp_path: Path) -> None:
     RunFolder.create(tmp_path, CONFIG).close()
     # In a process without threads, where fork is safe.

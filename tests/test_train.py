@@ -168,6 +168,7 @@ def test_a_resumed_run_is_the_run(config, tmp_path, unbroken, at):
     assert_same_run(out, unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("equal_bits")
 def test_that_holds_with_a_kl_and_without_updates(config, tmp_path):
     """The KL stays that to the starting policy; a step without a group to learn from changes no version."""
