@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -76,6 +78,14 @@ def main(argv: list[str] | None = None) -> None:
     if words[0] == "--version":
         print(f"agentrl {__version__}")
         return
+    ended: list[int] = []
+
+    def end(number: int, _: Any) -> None:
+        ended.append(number)
+        os.kill(os.getpid(), signal.SIGINT)  # the way out of Ctrl-C is a clean one
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, end) if main_thread else None
     try:
         if words[0] not in COMMANDS:
             raise UnknownName("command", words[0], COMMANDS)
@@ -99,7 +109,10 @@ def main(argv: list[str] | None = None) -> None:
             "train": f"; go on with: agentrl train --resume --out {_folder(words)}",
             "compare": "; go on with the same command, which does not repeat what is done",
         }
-        sys.exit(_fail(f"interrupted{hints.get(words[0], '')}", 130))
+        sys.exit(_fail(f"interrupted{hints.get(words[0], '')}", 128 + (ended or [signal.SIGINT])[0]))
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _folder(words: list[str]) -> str:

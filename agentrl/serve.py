@@ -159,7 +159,7 @@ async def serving(options: ServeOptions, token: str, tell: Callable[[str], None]
     folder = Path(tempfile.mkdtemp(prefix="agentrl-serve-", dir="/dev/shm"))
     try:
         board = Board.create(folder / "board", options.max_slots, options.max_length)
-        with engine_environment(options.transport):
+        with engine_environment(options.transport, folder):
             own = {TOKEN_VARIABLE: token, "VLLM_API_KEY": token, "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(_KEEP_SECONDS)}
             environment = {"VLLM_LOGGING_LEVEL": "ERROR", **os.environ, **own}
         libc = ctypes.CDLL(None)

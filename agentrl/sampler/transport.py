@@ -21,6 +21,9 @@ from torch import Tensor
 from agentrl.errors import SamplerError
 from agentrl.sampler.weights import ADAPTER_CONFIG, Shapes, check_weights, file_shapes, weight_files, write_weights
 
+_PREFIX = f"agentrl-{socket.gethostname()}-"
+"""Of files; the folder may be one that several machines see."""
+
 Kind = Literal["file", "ipc", "nccl", "adapter"]
 
 
@@ -33,6 +36,16 @@ class Receiver(Protocol):
     async def receive(self, method: str, **arguments: Any) -> None:
         """Call one of ``VLLMSampler``'s methods that take weights; arguments are what JSON can hold."""
         ...
+
+
+def check_folder(weights_dir: str | os.PathLike[str]) -> None:
+    """Refuse a folder that weights cannot be written to.
+
+    Raises:
+        SamplerError: it says so.
+    """
+    if not Path(weights_dir).is_dir() or not os.access(weights_dir, os.W_OK):
+        raise SamplerError(f"sampler.weights_dir is {weights_dir}: expected a folder that can be written to.")
 
 
 class Transport:
@@ -49,6 +62,7 @@ class Transport:
         self.kind, self.shapes = kind, shapes
         self._keep = keep
         self._folder = Path(weights_dir)
+        self._clean()
         self._written: Path | None = None
         self._last: tuple[str, dict[str, Any]] | None = None
         self._gpu: Any = None
@@ -113,7 +127,14 @@ class Transport:
         return None, ("load_files", {"files": [str(path) for path in files], "version": version})
 
     def _name(self, ending: str) -> Path:
-        return self._folder.absolute() / f"agentrl-{os.getpid()}-{os.urandom(4).hex()}{ending}"
+        return self._folder.absolute() / f"{_PREFIX}{os.getpid()}-{os.urandom(4).hex()}{ending}"
+
+    def _clean(self) -> None:
+        """Remove what processes of this machine left there that were killed."""
+        for path in self._folder.glob(f"{_PREFIX}*-*"):
+            owner = path.name.removeprefix(_PREFIX).partition("-")[0]
+            if owner.isdecimal() and not Path("/proc", owner).exists():
+                _remove(path)
 
 
 class _GPUTransfer:

@@ -14,17 +14,17 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from torch import Tensor
 
 from agentrl.errors import SamplerError
 from agentrl.sampler.board import Board, Cells
 from agentrl.sampler.request import check_request, ends_with_stop
-from agentrl.sampler.transport import Kind, Transport
+from agentrl.sampler.transport import Kind, Transport, check_folder
 from agentrl.sampler.vllm_engine import KEY, engine_arguments, start_engine
 from agentrl.sampler.weights import Shapes, file_shapes, weight_files
 from agentrl.types import Completion, SamplingParams, StopReason, TokenEvent
@@ -40,6 +40,15 @@ RECEIVES = (
     "wake",
 )
 """Methods of ``VLLMSampler`` that take weights; a server passes them on."""
+
+
+DEAD = (
+    "vLLM's engine process has ended: killed, or out of memory? What it said is above. Less memory is needed with a "
+    "smaller sampler.max_slots, sampler.max_length or gpu_memory_utilization; a run goes on with --resume."
+)
+_LOOK_SECONDS = 1.0
+
+T = TypeVar("T")
 
 
 class VLLMSampler:
@@ -109,7 +118,7 @@ class VLLMSampler:
         weights_dir: str | os.PathLike[str] = "/dev/shm",
         options: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Start an engine.
+        """Start an engine. A script has to do so below ``if __name__ == "__main__"``: the engine's process imports it.
 
         Args:
             folder: a Hugging Face folder.
@@ -125,11 +134,12 @@ class VLLMSampler:
             SamplerError: vLLM is not installed, an option is unknown to it, or the engine did not start.
         """
         shapes = file_shapes(weight_files(Path(folder)))
+        check_folder(weights_dir)
         own = Path(tempfile.mkdtemp(prefix="agentrl-vllm-", dir="/dev/shm"))
         try:
             board = Board.create(own / "board", max_slots, max_length)
             arguments = engine_arguments(folder, board, max_slots, max_length, transport, options or {})
-            engine, vocabulary = await start_engine(arguments, transport)
+            engine, vocabulary = await start_engine(arguments, transport, own)
             await engine.collective_rpc("agentrl_version", args=(version,))
         finally:
             shutil.rmtree(own, ignore_errors=True)  # all have it open; so a kill -9 leaves nothing behind
@@ -230,7 +240,8 @@ class VLLMSampler:
         except SamplerError:
             raise
         except Exception as error:
-            raise self._closed or SamplerError(f"vLLM failed: {type(error).__name__}: {error}") from error
+            why = DEAD if self.engine.errored else f"vLLM failed: {type(error).__name__}: {error}"
+            raise self._closed or SamplerError(why) from error
         finally:
             if outputs is not None:
                 await outputs.aclose()
@@ -261,7 +272,7 @@ class VLLMSampler:
     async def load_files(self, files: Sequence[str], version: int) -> None:
         """Load all weights from safetensors ``files``."""
         async with self._loading(version):
-            counts = await self.engine.collective_rpc("agentrl_load", args=(list(files), version))
+            counts = await self._ask(self.engine.collective_rpc, "agentrl_load", args=(list(files), version))
             if set(counts) != {len(self.shapes)}:
                 raise SamplerError(f"the engine's workers loaded {counts} tensors, expected {len(self.shapes)} each.")
 
@@ -273,35 +284,35 @@ class VLLMSampler:
             raise SamplerError("requests in flight began without adapters: give the first ones before anything else.")
         async with self._loading(version):
             request = LoRARequest("policy", 1, folder, load_inplace=True)
-            if not await self.engine.add_lora(request):
+            if not await self._ask(self.engine.add_lora, request):
                 raise SamplerError(f"the engine did not take the adapters in {folder}.")
-            await self.engine.collective_rpc("agentrl_version", args=(version,))
+            await self._ask(self.engine.collective_rpc, "agentrl_version", args=(version,))
             self._adapter = LoRARequest("policy", 1, folder)
 
     async def transfer_init(self, info: dict[str, Any]) -> None:
         """Meet vLLM's trainer; ``weight_transfer_config`` names the backend."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+        await self._ask(self.engine.init_weight_transfer_engine, WeightTransferInitRequest(init_info=info))
 
     async def transfer_begin(self) -> None:
         """Pause until ``transfer_end``."""
         async with self._all_or_nothing():
-            await self.engine.pause_generation(mode="keep", clear_cache=False)
-            await self.engine.start_weight_update()
+            await self._ask(self.engine.pause_generation, mode="keep", clear_cache=False)
+            await self._ask(self.engine.start_weight_update)
 
     async def transfer_update(self, info: Any) -> None:
         """Take a part of the weights."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         async with self._all_or_nothing():
-            await self.engine.update_weights(WeightTransferUpdateRequest(update_info=info))
+            await self._ask(self.engine.update_weights, WeightTransferUpdateRequest(update_info=info))
 
     async def transfer_end(self, version: int) -> None:
         """All parts are there."""
         async with self._loading(version):
-            await self.engine.finish_weight_update()
-            await self.engine.collective_rpc("agentrl_version", args=(version,))
+            await self._ask(self.engine.finish_weight_update)
+            await self._ask(self.engine.collective_rpc, "agentrl_version", args=(version,))
 
     async def sleep(self) -> None:
         """Give the GPU's memory to the learner until ``wake``: weights move to the host, keys and values are dropped.
@@ -309,12 +320,12 @@ class VLLMSampler:
         Only with the option ``enable_sleep_mode``; else, and on the CPU, nothing is held that could be given.
         """
         if self.engine.vllm_config.model_config.enable_sleep_mode:
-            await self.engine.sleep(level=1, mode="keep")
+            await self._ask(self.engine.sleep, level=1, mode="keep")
 
     async def wake(self) -> None:
         """Take the memory back."""
         if self.engine.vllm_config.model_config.enable_sleep_mode:
-            await self.engine.wake_up()
+            await self._ask(self.engine.wake_up)
 
     async def close(self) -> None:
         """Abort what is in flight and stop the engine, if it is ours. Safe to call twice."""
@@ -359,11 +370,11 @@ class VLLMSampler:
     async def _loading(self, version: int) -> AsyncIterator[None]:
         """New weights come in here, while nothing is sampled."""
         async with self._all_or_nothing():
-            await self.engine.pause_generation(mode="keep", clear_cache=False)
+            await self._ask(self.engine.pause_generation, mode="keep", clear_cache=False)
             yield
-            if not await self.engine.reset_prefix_cache(reset_running_requests=True):
+            if not await self._ask(self.engine.reset_prefix_cache, reset_running_requests=True):
                 raise SamplerError("the engine did not empty its prefix cache: its keys are of the old weights.")
-            await self.engine.resume_generation()
+            await self._ask(self.engine.resume_generation)
         self.version = version
 
     @asynccontextmanager
@@ -379,6 +390,17 @@ class VLLMSampler:
             if not isinstance(error, Exception):
                 raise
             raise self._closed from error
+
+    async def _ask(self, call: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
+        """Await a call of the engine, but no longer than the engine lives: its death leaves calls without an answer."""
+        asked = asyncio.ensure_future(call(*args, **kwargs))
+        try:
+            while not (await asyncio.wait([asked], timeout=_LOOK_SECONDS))[0]:
+                if self.engine.errored:
+                    raise SamplerError(DEAD)
+            return asked.result()
+        finally:
+            asked.cancel()
 
     def _check_open(self) -> None:
         if self._closed is not None:

@@ -83,6 +83,7 @@ class Server:
         self.rests_until = 0.0
         self.problem = ""
         self.lock = asyncio.Lock()
+        self._client = uuid.uuid4().hex
         self._headers = {"authorization": f"Bearer {token}", "content-type": "application/json"}
         self._timeouts = {"connect": CONNECT_SECONDS, "read": silent_seconds, "write": silent_seconds}
         secure = self.url.startswith("https")  # reading the file of certificates takes 50 ms
@@ -124,7 +125,7 @@ class Server:
             SamplerError: a request that can never be served.
         """
         place = 0
-        async with contextlib.aclosing(self._lines("POST", "sample", body)) as lines:
+        async with contextlib.aclosing(self._lines("POST", "sample", {**body, "client": self._client})) as lines:
             async for line in lines:
                 piece = self._read(line)
                 if not isinstance(piece, Piece) or piece.place != place:
@@ -139,10 +140,16 @@ class Server:
             Unreachable: no answer; the call may have been made.
             SamplerError: it was not taken.
         """
-        revision = uuid.uuid4().hex
+        revision, expected = uuid.uuid4().hex, list(self.revisions)
         if "version" in arguments:
             self.revisions.add(revision)
-        body = {"method": method, "arguments": arguments, "revision": revision}
+        body = {
+            "method": method,
+            "arguments": arguments,
+            "revision": revision,
+            "expected": expected,
+            "client": self._client,
+        }
         await self._one("POST", "receive", body)
         if "version" in arguments:
             self.revisions, self.version = {revision}, arguments["version"]
@@ -235,7 +242,8 @@ class Server:
         except WireError:
             found = {}
         said = found if isinstance(found, dict) else {}
-        message = str(said.get("message") or content[:_SHOWN_CHARS].decode(errors="replace"))
+        shown = " ".join(content[:_SHOWN_CHARS].decode(errors="replace").split())
+        message = str(said.get("message") or shown)
         if status == 401:
             return SamplerError(
                 f"the server {self.url} refused the token: expected the one that agentrl serve was started with, in "

@@ -89,6 +89,7 @@ class Endpoint:
         self._app = app
         self._sampler: VLLMSampler | None = None
         self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._clients: dict[str, str] = {}  # of the jobs
         self._loads: set[asyncio.Task[None]] = set()
         self._loading = asyncio.Lock()
         self._instance = self._revision = uuid.uuid4().hex
@@ -122,7 +123,7 @@ class Endpoint:
 
     def _start(self, engine: Any) -> VLLMSampler:
         config = engine.vllm_config
-        board = Board(**config.additional_config[KEY])
+        board = Board(**config.additional_config[KEY]["board"])
         tokenizer = engine.tokenizer
         shapes = file_shapes(weight_files(Path(config.model_config.model)))
         vocabulary = int(config.model_config.get_vocab_size())
@@ -158,6 +159,7 @@ class Endpoint:
 
     async def _sample(self, sampler: VLLMSampler, body: dict[str, Any], receive: Receive, lines: _Lines) -> None:
         try:
+            client = str(body["client"])
             name, ids, start = str(body["id"]), list(body["token_ids"]), int(body["start"])
             params, revisions, pieces = decode_params(body["params"]), body["revisions"], bool(body["pieces"])
             vocabulary, length = self._facts["vocabulary"], self._facts["max_length"]
@@ -181,22 +183,28 @@ class Endpoint:
                     place += len(cells.token_ids)
 
         job = self._jobs[name] = asyncio.create_task(answer(), name=f"request {name}")
+        self._clients[name] = client
         try:
             await _attend(job, receive, lines)
         finally:
             job.cancel()
             await asyncio.wait([job])
             if self._jobs.get(name) is job:
-                del self._jobs[name]
+                del self._jobs[name], self._clients[name]
 
     async def _receive(self, sampler: VLLMSampler, body: dict[str, Any], receive: Receive, lines: _Lines) -> None:
         try:
             method, arguments, revision = str(body["method"]), dict(body["arguments"]), str(body["revision"])
+            client, expected = str(body["client"]), list(body["expected"])
         except (KeyError, TypeError, ValueError) as error:
             raise Refused(400, f"not a call that takes weights: {type(error).__name__}: {error}") from error
 
         async def load() -> None:
             async with self._loading:
+                if self._revision not in expected:
+                    raise Refused(409, "somebody else gave weights to this server", "stale")
+                for name in [name for name, owner in self._clients.items() if owner != client]:
+                    await self._end(name)  # it would go on with weights that its client knows nothing of
                 await asyncio.to_thread(_check_readable, sampler, method, arguments)
                 try:
                     await sampler.receive(method, **arguments)
@@ -221,6 +229,7 @@ class Endpoint:
 
     async def _end(self, name: str) -> None:
         job = self._jobs.pop(name, None)
+        self._clients.pop(name, None)
         if job is not None:
             job.cancel()
             await asyncio.wait([job])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +63,7 @@ def engine_arguments(
         "async_scheduling": False,  # a token has to be in the board before the engine speaks of it
         "logits_processors": ["agentrl.sampler.vllm_worker:Drawing"],
         "worker_extension_cls": "agentrl.sampler.vllm_worker.Extension",
-        "additional_config": {KEY: board.arguments},
+        "additional_config": {KEY: {"board": board.arguments, "owner": os.getpid()}},
         "generation_config": "vllm",  # the folder's own may set a temperature
         "use_tqdm_on_load": False,
         "disable_log_stats": True,  # counted for every token in Python; what we count comes with each request
@@ -89,18 +91,21 @@ def _cpu_cache(folder: str | os.PathLike[str], max_slots: int, max_length: int) 
     return int(max(64 << 20, min(wanted, _CPU_CACHE)))
 
 
-async def start_engine(arguments: Mapping[str, Any], transport: Kind) -> tuple[Any, int]:
-    """The engine, and the rows of its model's embedding."""
+async def start_engine(arguments: Mapping[str, Any], transport: Kind, sockets: Path) -> tuple[Any, int]:
+    """The engine, and the rows of its model's embedding; ``sockets`` is a folder for its start alone."""
     AsyncEngineArgs, AsyncLLM = await asyncio.to_thread(_import_vllm)  # noqa: N806 -- classes
     try:
         settings = AsyncEngineArgs(**arguments)
     except TypeError as error:
         raise SamplerError(f"sampler.options: vLLM does not take them: {error}") from error
-    with engine_environment(transport):
+    with engine_environment(transport, sockets):
         try:
             engine = await asyncio.to_thread(AsyncLLM.from_engine_args, settings)
         except Exception as error:
-            raise SamplerError(f"vLLM did not start: {type(error).__name__}: {error}") from error
+            raise SamplerError(
+                f"vLLM did not start: {type(error).__name__}: {error} (In a script, start it below if __name__ == "
+                '"__main__": the engine\'s process imports the script.)'
+            ) from error
     return engine, int(engine.model_config.get_vocab_size())
 
 
@@ -113,16 +118,19 @@ def _import_vllm() -> tuple[Any, Any]:
             from vllm.v1.engine.async_llm import AsyncLLM
     except ImportError as error:
         raise SamplerError(f"sampler.backend is vllm, which cannot be imported: {error}. See docs/vllm.md.") from error
+    logging.getLogger(AsyncLLM.__module__).setLevel(logging.CRITICAL)  # the death of an engine is ours to tell
     return AsyncEngineArgs, AsyncLLM
 
 
 @contextmanager
-def engine_environment(transport: Kind) -> Iterator[None]:
+def engine_environment(transport: Kind, sockets: Path) -> Iterator[None]:
     """What the engine's process has to find in its environment; ours is put back."""
     wanted = {
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # whose logits processors are of another kind
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads
         "PYTHONWARNINGS": "ignore",  # vLLM's imports warn of vLLM's code
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # likewise, of NUMA nodes
+        "VLLM_RPC_BASE_PATH": str(sockets),  # by default it leaves them in the temporary folder
     }
     if transport == "ipc":
         wanted["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles to GPU memory travel pickled

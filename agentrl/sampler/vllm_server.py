@@ -133,7 +133,10 @@ class VLLMServerSampler:
         road = Transport(transport, shapes, weights_dir, keep=True)
         sampler = cls(servers, road, tokenizer, vocabulary, max_length=max_length, version=version, patience=patience)
         try:
+            known: dict[str, Server] = {}
             for server, info in zip(servers, await sampler._infos(), strict=True):
+                if (twin := known.setdefault(str(info.get("instance")), server)) is not server:
+                    raise SamplerError(f"sampler.urls names one server twice: {twin.url} and {server.url}.")
                 sampler._adopt(server, info)
                 server.slots = min(info["max_slots"], max_slots or info["max_slots"])
                 server.ready = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from agentrl.errors import SamplerError
 from agentrl.sampler.prefix import PrefixIndex
 from agentrl.sampler.vllm_connection import Server, Unreachable
+
+_LOG = logging.getLogger(__name__)
 
 REMEMBERED = 256
 """Sequences for each server whose beginnings are known."""
@@ -89,6 +92,7 @@ class Turns:
         if not server.ready:
             if self._silent_since is None:
                 self._silent_since = asyncio.get_running_loop().time()
+                _LOG.warning("%s does not answer (%s); asking for up to %.0f s", server.url, problem, self.patience)
             for number in [number for number, holder in self._holders.items() if holder is server]:
                 self._drop(number)
 

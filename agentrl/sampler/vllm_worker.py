@@ -10,6 +10,9 @@ The drawn token is handed to vLLM with a logit of infinity, so its own sampler h
 
 from __future__ import annotations
 
+import os
+import select
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -87,7 +90,9 @@ class Drawing(LogitsProcessor):  # type: ignore[misc]
     """Draws the next token of every request of ours; rows of other clients of the engine are left to vLLM."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        self._board = Board(**vllm_config.additional_config[KEY])
+        ours = vllm_config.additional_config[KEY]
+        self._board = Board(**ours["board"])
+        threading.Thread(target=_end_with, args=(ours["owner"],), name="agentrl-owner", daemon=True).start()
         self._device = device
         self._rows: dict[int, _Row] = {}
         self._batch: _Batch | None = None
@@ -157,6 +162,18 @@ class Extension:
     def agentrl_version(self, version: int) -> None:
         """Count the weights in use as ``version``."""
         _Weights.version = version
+
+
+def _end_with(owner: int) -> None:
+    """End this process when ``owner`` has ended: after a kill -9 nobody else would, and the GPU would stay full."""
+    try:
+        descriptor = os.pidfd_open(owner)
+    except ProcessLookupError:
+        os._exit(1)
+    except OSError:  # a kernel without pidfd, or an owner that cannot be seen from here
+        return
+    select.select([descriptor], [], [])
+    os._exit(1)
 
 
 def _pack_tied_heads(model: torch.nn.Module) -> None:

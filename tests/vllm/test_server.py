@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -250,6 +251,40 @@ async def test_version_skew_is_an_error(runners, connect, model):
     assert set((await behind.sample(PROMPT, SamplingParams(4))).policy_version) == {2}
     with pytest.raises(SamplerError, match="somebody else gave weights"):
         await sampler.sample(PROMPT, SamplingParams(4))
+
+
+async def test_weights_of_another_client_end_our_requests_whatever_their_version_is_called(runners, connect, model):
+    ours = await connect(runners[0])
+    await ready(ours, model=model, version=4)
+    other = await connect(runners[0])
+    stream, events = ours.stream(PROMPT, SamplingParams(300, seed=1)), []
+
+    async def read():
+        async for event in stream:
+            events.append(event)
+
+    reading = asyncio.create_task(read())
+    while len(events) < 5:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    await other.update_weights(moved(model), 4)
+    with pytest.raises(SamplerError, match="somebody else gave weights"):
+        await reading
+    alone = await connect(runners[0])
+    await alone.update_weights(versions_of(model, 4), 4)
+    equal(events[:-1], cut(await alone.sample(PROMPT, SamplingParams(len(events) - 1, seed=1))))
+    for sampler in (ours, other):
+        with pytest.raises(SamplerError, match="somebody else gave weights"):
+            await sampler.update_weights(dict(model.named_parameters()), 5)
+
+
+def cut(done):
+    """``done``, as far as a stream that was broken off: no reason to stop."""
+    return replace(done, stop_reason=None)
+
+
+async def test_one_server_by_two_names_is_refused(runners, connect):
+    with pytest.raises(SamplerError, match="names one server twice"):
+        await connect(runners[0], runners[0])
 
 
 async def test_what_cannot_be_served_is_refused_by_the_server_too(runners, connect, model, tmp_path):

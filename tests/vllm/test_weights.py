@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 import pytest_asyncio
@@ -19,6 +23,7 @@ from agentrl.learner import suspects
 from agentrl.learner.leader import Leader
 from agentrl.learner.lora import save_adapter
 from agentrl.learner.step import Learner
+from agentrl.sampler.transport import Transport
 from agentrl.sampler.vllm import VLLMSampler
 from agentrl.tiny import build_model, save_policy
 from agentrl.types import SamplingParams
@@ -305,7 +310,7 @@ async def test_an_engine_that_dies_fails_its_requests(folders):
         await asyncio.sleep(0.05)
         for process in sampler.engine.engine_core.resources.engine_manager.processes:
             process.kill()
-        with pytest.raises(SamplerError, match="EngineDeadError"):
+        with pytest.raises(SamplerError, match="engine process has ended"):
             await job
         with pytest.raises(SamplerError):
             await sampler.sample(PROMPT, SamplingParams(4))
@@ -313,6 +318,70 @@ async def test_an_engine_that_dies_fails_its_requests(folders):
             await sampler.update_weights(tiny_model().state_dict(), 1)
     finally:
         await sampler.close()
+
+
+async def test_an_engine_that_dies_while_it_loads_does_not_hang(folders):
+    sampler = await VLLMSampler.start(folders[True], **SIZES)
+    try:
+        (process,) = sampler.engine.engine_core.resources.engine_manager.processes
+        os.kill(process.pid, signal.SIGSTOP)
+        loading = asyncio.create_task(sampler.update_weights(dict(tiny_model().named_parameters()), 1))
+        await asyncio.sleep(0.5)
+        process.kill()
+        async with asyncio.timeout(20):
+            with pytest.raises(SamplerError, match="engine process has ended"):
+                await loading
+    finally:
+        await sampler.close()
+
+
+KILLED = """
+import asyncio, sys
+from agentrl.sampler.vllm import VLLMSampler
+from agentrl.types import SamplingParams
+
+async def main():
+    sampler = await VLLMSampler.start(sys.argv[1], max_slots=4, max_length=64)
+    (process,) = sampler.engine.engine_core.resources.engine_manager.processes
+    print(process.pid, flush=True)
+    await sampler.sample([1, 2, 3], SamplingParams(4))
+    print("ready", flush=True)
+    await asyncio.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+async def test_a_killed_process_leaves_no_engine_no_board_and_no_socket(folders, tmp_path):
+    script, temporary = tmp_path / "script.py", tmp_path / "temporary"
+    script.write_text(KILLED)
+    temporary.mkdir()
+    before = boards()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, script, folders[True], env=os.environ | {"TMPDIR": str(temporary)}, stdout=subprocess.PIPE
+    )
+    engine = int(await process.stdout.readline())
+    assert await process.stdout.readline() == b"ready\n"
+    process.kill()
+    await process.wait()
+    async with asyncio.timeout(10):
+        while os.path.exists(f"/proc/{engine}"):  # noqa: ASYNC110, ASYNC240
+            await asyncio.sleep(0.1)
+    assert boards() == before
+    left = [name for name in os.listdir(temporary) if not name.startswith("vllm_dist_")]  # torch's rendezvous, a file
+    assert left == []
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    dead, alive = subprocess.Popen(["true"]), os.getpid()
+    dead.wait()
+    name = f"agentrl-{socket.gethostname()}"
+    for left in (f"{name}-{dead.pid}-00.safetensors", f"{name}-{alive}-00.safetensors", "agentrl-elsewhere-1-0"):
+        (tmp_path / left).touch()
+    (tmp_path / f"{name}-{dead.pid}-01").mkdir()
+    Transport("file", {}, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([f"{name}-{alive}-00.safetensors", "agentrl-elsewhere-1-0"])
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------------
