@@ -82,10 +82,12 @@ def main(argv: list[str] | None = None) -> None:
 
     def end(number: int, _: Any) -> None:
         ended.append(number)
-        os.kill(os.getpid(), signal.SIGINT)  # the way out of Ctrl-C is a clean one
+        os.kill(os.getpid(), signal.SIGINT)  # asyncio's way out of Ctrl-C is a clean one
 
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, end) if main_thread else None
+    # A background job of a script ignores SIGINT, and asyncio with it: there SIGTERM ends at once, as it would.
+    gently = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    gently = gently and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, end) if gently else None
     try:
         if words[0] not in COMMANDS:
             raise UnknownName("command", words[0], COMMANDS)
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         sys.exit(_fail(f"interrupted{hints.get(words[0], '')}", 128 + (ended or [signal.SIGINT])[0]))
     finally:
-        if main_thread:
+        if gently:
             signal.signal(signal.SIGTERM, before)
 
 

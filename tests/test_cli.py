@@ -310,11 +310,18 @@ def test_the_command_line_of_vllm_serve_is_that_of_the_engine(tmp_path, monkeypa
 def test_a_run_that_is_told_to_end_says_how_it_goes_on(policy_folder, scripted, tmp_path, number, status):
     out = tmp_path / "run"
     words = ["train", scripted("Doubling"), "--policy", policy_folder, "--out", out, *SMALL, "--train.steps=500"]
-    with subprocess.Popen([sys.executable, "-m", "agentrl", *map(str, words)], stderr=subprocess.PIPE) as process:
-        while not (out / "metrics.jsonl").exists() or not read_metrics(out):
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=20)
+    with subprocess.Popen(
+        [sys.executable, "-m", "agentrl", *map(str, words)],
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # these tests may be a background job
+    ) as process:
+        try:
+            while not (out / "metrics.jsonl").exists() or not read_metrics(out):
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(number)
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == status
     assert said.decode().splitlines()[-1] == f"agentrl: interrupted; go on with: agentrl train --resume --out {out}"
